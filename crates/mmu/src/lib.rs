@@ -1,0 +1,3 @@
+//! KVM guest page-fault and invalidation protocol.
+#![no_std]
+extern crate alloc;
