@@ -1,0 +1,475 @@
+//! The fault path: one guest page fault, from the memslot to the installed translation.
+//!
+//! | step | what | ends in |
+//! |---|---|---|
+//! | 1 | read section: memslots stay in place | |
+//! | 2 | reserved-bit fault: cached MMIO entry of this generation? | `Emulate`, `Retry(LostRace)` |
+//! | 3 | find the slot | |
+//! | 4 | write-tracked frame | `WriteProtected` |
+//! | 5 | fast path: permissions of a present entry, by compare-exchange | `FixedFast`, `Spurious` |
+//! | 6 | top up the vCPU's cache: nothing allocates under the lock | `NoMemory` |
+//! | 7 | **snapshot** the sequence, before anything that can go stale | |
+//! | 8 | private or shared, as asked? | `WrongPrivacy` |
+//! | 9 | no slot | `Emulate` |
+//! | 10 | slot being deleted or moved | `Retry(SlotChanging)`, for a prefetch `SlotChanging` |
+//! | 11 | **hint**: doomed? No page, no lock | `Retry(BeforeFaultIn)` |
+//! | 12 | fault the page in, first without, then with waiting | errors, `Emulate` |
+//! | 13 | **hint** again; the page goes back unused | `Retry(AfterFaultIn)` |
+//! | 14 | witness: `mmu_lock` for read | |
+//! | 15 | **verify**, root still valid | `Retry(UnderLock)` |
+//! | 16 | map | `Fixed`, `Spurious`, `Retry(LostRace)` |
+//! | 17 | page goes back, used or unused, witness still held; then unlock | |
+//!
+//! A fault without a slot skips 11, 13 and 15: it uses no page, and is guarded by the memslot generation. Whoever gets
+//! a `Retry` holds nothing: no page, no lock, no read section. Let the guest fault again, or
+//! [`wait`](crate::GuestMmu::wait) first.
+//!
+//! Left out: asynchronous page faults (they need a guest that cooperates) and the APIC access page (a device of
+//! one architecture).
+//!
+//! Source: Linux `kvm_tdp_page_fault`, `direct_page_fault`, `kvm_mmu_faultin_pfn`, `is_page_fault_stale`,
+//! `kvm_tdp_mmu_map`.
+
+use alloc::sync::Arc;
+use core::fmt;
+
+use crate::addr::{Gfn, GfnRange};
+use crate::guest_mmu::{GuestMmu, Precheck};
+use crate::host::{
+    CachedMmio, FastFault, Fault, FaultInError, FaultKind, Found, Mapped, PageRef, PageUse, Patience,
+    PrimaryMmu, Privacy, SecondaryMmu,
+};
+use crate::invalidation::Snapshot;
+use crate::mmu_lock::MmuReadGuard;
+use crate::mutation::{self, Mutation};
+use crate::platform::Platform;
+use crate::slots::{Memslot, SlotFlags, SlotSet, SlotState};
+use crate::vcpu::{Requests, VcpuShared};
+
+/// Where on the path a fault was found to be doomed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(usize)]
+pub enum RetryPoint {
+    /// By the hint, before the page was faulted in: nothing was wasted.
+    BeforeFaultIn = 0,
+    /// By the hint, after the page was faulted in.
+    AfterFaultIn,
+    /// By the check that counts.
+    UnderLock,
+    /// Another thread changed the same entry at the same time.
+    LostRace,
+    /// The slot is being deleted or moved.
+    SlotChanging,
+}
+
+impl RetryPoint {
+    /// How many points there are.
+    pub const COUNT: usize = 5;
+
+    /// All points, in the order of the path.
+    pub const ALL: [Self; Self::COUNT] =
+        [Self::BeforeFaultIn, Self::AfterFaultIn, Self::UnderLock, Self::LostRace, Self::SlotChanging];
+}
+
+/// Nothing was installed: the guest touches the page again, or the caller waits first.
+#[must_use = "the guest has not got its page"]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Retry {
+    /// Where it was found.
+    pub point: RetryPoint,
+    /// What would have been installed: what to [`wait`](crate::GuestMmu::wait) for.
+    pub range: GfnRange,
+}
+
+/// Why an access is to be emulated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Emulate {
+    /// No memslot: a device.
+    Mmio,
+    /// A write to read-only memory.
+    ReadOnly,
+}
+
+/// What became of a fault.
+#[must_use = "a retry must be retried, an emulation emulated"]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FaultOutcome {
+    /// The translation is installed.
+    Fixed,
+    /// A present translation got the permission that was missing, without the lock.
+    FixedFast,
+    /// The translation was there already.
+    Spurious,
+    /// Nothing was installed.
+    Retry(Retry),
+    /// The access is for the emulator.
+    Emulate(Emulate),
+    /// The frame is write-tracked: unprotect and retry, or emulate.
+    WriteProtected,
+}
+
+/// A fault that retrying does not help. `E` is the primary MMU's error, `M` the secondary's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum FaultError<E: fmt::Debug, M: fmt::Debug> {
+    /// The virtual machine was released.
+    #[error("guest frame {0} was touched after the virtual machine was released")]
+    Released(Gfn),
+    /// No memory for tables or for the page.
+    #[error("there is no memory to map guest frame {0}")]
+    NoMemory(Gfn),
+    /// A signal came while the page was being resolved.
+    #[error("a signal interrupted the fault of guest frame {0}")]
+    Interrupted(Gfn),
+    /// A prefetch met a slot that is being deleted or moved.
+    #[error("the memslot of guest frame {0} is changing: prefetch it again later")]
+    SlotChanging(Gfn),
+    /// The access was to private memory that is shared, or the other way round, or to private memory of no slot.
+    #[error("guest frame {gfn} was accessed as {accessed:?} memory, which it is not")]
+    WrongPrivacy {
+        /// The frame.
+        gfn: Gfn,
+        /// How it was accessed.
+        accessed: Privacy,
+    },
+    /// The page's content is lost; poison is installed in its place.
+    #[error("the content of guest frame {gfn} is lost and it is poisoned: {cause:?}")]
+    Poisoned {
+        /// The frame.
+        gfn: Gfn,
+        /// Why.
+        cause: E,
+    },
+    /// The primary MMU has no such page.
+    #[error("guest frame {gfn} has no page: {cause:?}")]
+    NoPage {
+        /// The frame.
+        gfn: Gfn,
+        /// Why.
+        cause: E,
+    },
+    /// The translation cannot be installed.
+    #[error("guest frame {gfn} cannot be mapped: {cause:?}")]
+    CannotMap {
+        /// The frame.
+        gfn: Gfn,
+        /// Why.
+        cause: M,
+    },
+}
+
+/// One who raises faults: a vCPU, or a thread that serves the faults of several. One fault at a time.
+pub struct Vcpu<'m, S: SecondaryMmu> {
+    mmu: &'m GuestMmu<S>,
+    shared: Arc<VcpuShared>,
+    cache: S::Cache,
+    section: u32,
+    near: usize,
+}
+
+impl<S: SecondaryMmu> fmt::Debug for Vcpu<'_, S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Vcpu").field("id", &self.shared.id).finish_non_exhaustive()
+    }
+}
+
+impl<S: SecondaryMmu> GuestMmu<S> {
+    /// A new vCPU. Its number is the lowest that is free.
+    pub fn vcpu(&self) -> Vcpu<'_, S> {
+        Vcpu { mmu: self, shared: self.vcpus.register(), cache: S::Cache::default(), section: 0, near: 0 }
+    }
+}
+
+impl<S: SecondaryMmu> Drop for Vcpu<'_, S> {
+    fn drop(&mut self) {
+        self.shared.leave_guest::<S::Platform>();
+        self.mmu.vcpus.unregister(&self.shared);
+        self.shared.counters.add_to(&mut self.mmu.retired.write());
+    }
+}
+
+/// The page of a fault: goes back unused unless told otherwise.
+struct HeldPage<R: PageRef>(Option<R>);
+
+impl<R: PageRef> HeldPage<R> {
+    fn page(&self) -> &R {
+        self.0.as_ref().expect("the page is there until it is given back")
+    }
+
+    fn give_back(&mut self, used: PageUse) {
+        if let Some(page) = self.0.take() {
+            page.release(used);
+        }
+    }
+}
+
+impl<R: PageRef> Drop for HeldPage<R> {
+    fn drop(&mut self) {
+        self.give_back(PageUse::Unused);
+    }
+}
+
+/// The page and the lock of an install. Fields drop in this order: the page goes back under the lock, on any way out.
+struct Install<'m, S: SecondaryMmu> {
+    page: HeldPage<S::Page>,
+    witness: MmuReadGuard<'m, S::Platform>,
+}
+
+type FaultResult<S, M> =
+    Result<FaultOutcome, FaultError<<M as PrimaryMmu>::Error, <S as SecondaryMmu>::Error>>;
+
+impl<'m, S: SecondaryMmu> Vcpu<'m, S> {
+    /// The virtual machine it belongs to.
+    pub fn mmu(&self) -> &'m GuestMmu<S> {
+        self.mmu
+    }
+
+    /// Its number, as [`SecondaryMmu::kick`] gets it.
+    pub fn id(&self) -> usize {
+        self.shared.id
+    }
+
+    /// Enters guest mode. `Err`: requests wait and must be served first; the vCPU is outside.
+    pub fn enter_guest(&self) -> Result<(), Requests> {
+        self.shared.enter_guest::<S::Platform>()
+    }
+
+    /// Whether someone wants this vCPU to leave the guest: for vCPUs in software, which nothing interrupts.
+    pub fn is_kicked(&self) -> bool {
+        self.shared.is_kicked()
+    }
+
+    /// Leaves guest mode and hands out what was requested meanwhile.
+    pub fn leave_guest(&self) -> Requests {
+        self.shared.leave_guest::<S::Platform>();
+        self.shared.take_requests()
+    }
+
+    /// Serves one fault, once. See the module documentation for what each outcome asks of the caller.
+    pub fn handle_fault<M>(&mut self, primary: &M, fault: &Fault) -> FaultResult<S, M>
+    where
+        M: PrimaryMmu<Page = S::Page>,
+    {
+        self.section = self.section.wrapping_add(1);
+        let section = self.mmu.enter(&self.shared.reader, self.section);
+        let path = Path { mmu: self.mmu, shared: &self.shared, fault };
+        let result = path.walk(primary, section.slots(), &mut self.near, &mut self.cache);
+        drop(section);
+        self.shared.counters.count(&result);
+        result
+    }
+}
+
+/// One fault on its way.
+struct Path<'a, 'm, S: SecondaryMmu> {
+    mmu: &'m GuestMmu<S>,
+    shared: &'a VcpuShared,
+    fault: &'a Fault,
+}
+
+impl<'m, S: SecondaryMmu> Path<'_, 'm, S> {
+    fn walk<M>(
+        &self,
+        primary: &M,
+        slots: &SlotSet,
+        near: &mut usize,
+        cache: &mut S::Cache,
+    ) -> FaultResult<S, M>
+    where
+        M: PrimaryMmu<Page = S::Page>,
+    {
+        let Self { mmu, fault, .. } = self;
+        let gfn = fault.gfn;
+        let secondary = mmu.secondary();
+        if mmu.is_released() {
+            return Err(FaultError::Released(gfn));
+        }
+        if fault.found == Found::Reserved {
+            match secondary.cached_mmio(gfn) {
+                CachedMmio::Gone => return Ok(retry(RetryPoint::LostRace, GfnRange::frame(gfn))),
+                CachedMmio::Generation(cached) if slots.generation() == Some(cached) => {
+                    return Ok(FaultOutcome::Emulate(Emulate::Mmio));
+                }
+                CachedMmio::Generation(_) => {}
+            }
+        }
+        let slot = slots.find(fault.space, gfn, near);
+        if fault.is_write() && secondary.is_write_tracked(gfn) {
+            return Ok(FaultOutcome::WriteProtected);
+        }
+        if let Some(slot) = slot
+            && slot.state == SlotState::Valid
+        {
+            match secondary.fast_fault(slot, fault) {
+                FastFault::Fixed => return Ok(FaultOutcome::FixedFast),
+                FastFault::Spurious => return Ok(FaultOutcome::Spurious),
+                FastFault::NotApplicable => {}
+            }
+        }
+        if !secondary.top_up(cache) {
+            return Err(FaultError::NoMemory(gfn));
+        }
+
+        let since = mmu.invalidations().snapshot();
+        if primary.privacy(gfn) != fault.privacy {
+            return Err(FaultError::WrongPrivacy { gfn, accessed: fault.privacy });
+        }
+        let Some(slot) = slot else {
+            return self.no_slot::<M>(slots, cache);
+        };
+        if slot.state == SlotState::Invalid {
+            return match fault.kind {
+                FaultKind::Prefetch => Err(FaultError::SlotChanging(gfn)),
+                FaultKind::Demand => Ok(retry(RetryPoint::SlotChanging, GfnRange::frame(gfn))),
+            };
+        }
+        let block = secondary.block(slot, gfn);
+        if self.looks_doomed(Precheck::BEFORE_FAULT_IN, since, block) {
+            return Ok(retry(RetryPoint::BeforeFaultIn, block));
+        }
+        if fault.is_write() && slot.flags.contains(SlotFlags::READ_ONLY) {
+            return Ok(FaultOutcome::Emulate(Emulate::ReadOnly));
+        }
+
+        let page = match self.fault_in(primary, slot, &since) {
+            Ok(page) => HeldPage(Some(page)),
+            Err(FaultInError::WouldWait | FaultInError::Interrupted) => {
+                return Err(FaultError::Interrupted(gfn));
+            }
+            Err(FaultInError::ReadOnly) => return Ok(FaultOutcome::Emulate(Emulate::ReadOnly)),
+            Err(FaultInError::NoMemory) => return Err(FaultError::NoMemory(gfn)),
+            Err(FaultInError::Failed(cause)) => return Err(FaultError::NoPage { gfn, cause }),
+            Err(FaultInError::Poisoned(cause)) => return self.poison::<M>(slot, since, block, cause),
+        };
+        if self.looks_doomed(Precheck::AFTER_FAULT_IN, since, block) {
+            self.shared.counters.fault_in_wasted();
+            if mutation::active(Mutation::LeakPageAfterFaultIn) {
+                core::mem::forget(page);
+            }
+            return Ok(retry(RetryPoint::AfterFaultIn, block));
+        }
+
+        let install = Install::<S> { page, witness: self.witness() };
+        self.install::<M>(install, slot, since, block, cache)
+    }
+
+    fn looks_doomed(&self, check: Precheck, since: Snapshot, block: GfnRange) -> bool {
+        self.mmu.policy().precheck.contains(check)
+            && !mutation::active(Mutation::InvertedSlotTest)
+            && self.mmu.hint(since, block).is_some()
+    }
+
+    /// First without waiting; if the page needs I/O, once more with patience.
+    fn fault_in<M>(
+        &self,
+        primary: &M,
+        slot: &Memslot,
+        since: &Snapshot,
+    ) -> Result<S::Page, FaultInError<M::Error>>
+    where
+        M: PrimaryMmu<Page = S::Page>,
+    {
+        match primary.fault_in(slot, self.fault, since, Patience::NoWait) {
+            Err(FaultInError::WouldWait) => {
+                primary.fault_in(slot, self.fault, since, Patience::Interruptible)
+            }
+            other => other,
+        }
+    }
+
+    fn witness(&self) -> MmuReadGuard<'m, S::Platform> {
+        let mmu = self.mmu;
+        if let Some(guard) = mmu.lock.try_read() {
+            return guard;
+        }
+        let started = S::Platform::now_ns();
+        let guard = mmu.lock.read();
+        self.shared.counters.waited_for_lock(S::Platform::now_ns().saturating_sub(started));
+        guard
+    }
+
+    fn install<M>(
+        &self,
+        mut install: Install<'m, S>,
+        slot: &Memslot,
+        since: Snapshot,
+        block: GfnRange,
+        cache: &mut S::Cache,
+    ) -> FaultResult<S, M>
+    where
+        M: PrimaryMmu<Page = S::Page>,
+    {
+        let secondary = self.mmu.secondary();
+        if secondary.is_root_stale(cache) {
+            self.shared.counters.fault_in_wasted();
+            return Ok(retry(RetryPoint::UnderLock, block));
+        }
+        let Ok(fresh) = self.mmu.invalidations().verify(&install.witness, since, block) else {
+            self.shared.counters.fault_in_wasted();
+            return Ok(retry(RetryPoint::UnderLock, block));
+        };
+        let writable = install.page.page().is_writable();
+        let mapped = secondary.map(fresh, slot, self.fault, install.page.page(), cache);
+        if mutation::active(Mutation::ReleaseAfterUnlock) {
+            let Install { page, witness } = install;
+            drop(witness);
+            install = Install { page, witness: self.witness() };
+        }
+        match mapped {
+            Ok(mapped @ (Mapped::Fixed | Mapped::Spurious)) => {
+                install.page.give_back(if writable { PageUse::Dirty } else { PageUse::Clean });
+                Ok(if mapped == Mapped::Fixed { FaultOutcome::Fixed } else { FaultOutcome::Spurious })
+            }
+            Ok(Mapped::LostRace) => {
+                self.shared.counters.fault_in_wasted();
+                Ok(retry(RetryPoint::LostRace, block))
+            }
+            Err(cause) => Err(FaultError::CannotMap { gfn: self.fault.gfn, cause }),
+        }
+    }
+
+    /// The page's content is lost. Poison is an install like any other, and checked like any other.
+    fn poison<M>(
+        &self,
+        slot: &Memslot,
+        since: Snapshot,
+        block: GfnRange,
+        cause: M::Error,
+    ) -> FaultResult<S, M>
+    where
+        M: PrimaryMmu<Page = S::Page>,
+    {
+        let gfn = self.fault.gfn;
+        let witness = self.witness();
+        let Ok(fresh) = self.mmu.invalidations().verify(&witness, since, block) else {
+            return Ok(retry(RetryPoint::UnderLock, block));
+        };
+        match self.mmu.secondary().poison(fresh, slot) {
+            Ok(Mapped::Fixed | Mapped::Spurious) => {
+                self.shared.counters.poison_installed();
+                Err(FaultError::Poisoned { gfn, cause })
+            }
+            Ok(Mapped::LostRace) => Ok(retry(RetryPoint::LostRace, block)),
+            Err(cause) => Err(FaultError::CannotMap { gfn, cause }),
+        }
+    }
+
+    fn no_slot<M>(&self, slots: &SlotSet, cache: &mut S::Cache) -> FaultResult<S, M>
+    where
+        M: PrimaryMmu<Page = S::Page>,
+    {
+        let gfn = self.fault.gfn;
+        if self.fault.privacy == Privacy::Private {
+            return Err(FaultError::WrongPrivacy { gfn, accessed: Privacy::Private });
+        }
+        if let Some(generation) = slots.generation() {
+            let _witness = self.witness();
+            self.mmu.secondary().cache_mmio(gfn, generation, cache);
+        }
+        Ok(FaultOutcome::Emulate(Emulate::Mmio))
+    }
+}
+
+fn retry(point: RetryPoint, range: GfnRange) -> FaultOutcome {
+    FaultOutcome::Retry(Retry { point, range })
+}

@@ -1,0 +1,331 @@
+//! One virtual machine's secondary MMU: what faults, invalidations and memslot updates share.
+
+use alloc::boxed::Box;
+use core::fmt;
+
+use crate::active::ActiveEvents;
+use crate::addr::{Gfn, GfnRange};
+use crate::host::{Blocking, SecondaryMmu, Zap};
+use crate::invalidation::{Invalidations, Snapshot, Stale};
+use crate::mmu_lock::{MmuLock, MmuWriteGuard};
+use crate::mutation::{self, Mutation};
+use crate::platform::Platform;
+use crate::slots::{Memslot, SlotError, SlotFlags, SlotId, SlotSet, SlotState, SpaceId};
+use crate::stats::{FaultStats, InvalidationCounters, InvalidationStats};
+use crate::sync::{AtomicPtr, AtomicU32, CachePadded, Ordering, ParkWord, Shared};
+use crate::vcpu::VcpuWords;
+use crate::zap::ZapWalk;
+
+bitflags::bitflags! {
+    /// Where a fault looks, without the lock, whether it is doomed. Empty: as before Linux d02c357e5bfa.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Precheck: u8 {
+        /// Before the page is faulted in.
+        const BEFORE_FAULT_IN = 1;
+        /// After the page was faulted in, before `mmu_lock` is taken.
+        const AFTER_FAULT_IN = 2;
+    }
+}
+
+/// When a zap gives up `mmu_lock` between two entries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum YieldPolicy {
+    /// When someone waits for the lock, or the scheduler wants the CPU: Linux with full preemption.
+    OnContention,
+    /// When the scheduler wants the CPU: Linux with voluntary preemption, since c793a62823d1.
+    OnResched,
+    /// Never.
+    Never,
+}
+
+/// What can be chosen for a virtual machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Policy {
+    /// The lock-free checks.
+    pub precheck: Precheck,
+    /// Yielding of zaps.
+    pub yielding: YieldPolicy,
+}
+
+impl Default for Policy {
+    /// Both checks, and yielding on contention: what a Linux with full preemption does today.
+    fn default() -> Self {
+        Self { precheck: Precheck::all(), yielding: YieldPolicy::OnContention }
+    }
+}
+
+/// The fault path and the invalidations of one virtual machine, over the tables `S`.
+///
+/// Faults come in through a [`Vcpu`](crate::Vcpu), invalidations through [`GuestMmu::invalidate`].
+///
+/// Lock order: memslot updates, then active events (a count, not a lock), then `mmu_lock`. A notifier takes none of the
+/// first, and none may be waited for inside a fault.
+pub struct GuestMmu<S: SecondaryMmu> {
+    pub(crate) lock: MmuLock<S::Platform>,
+    pub(crate) vcpus: VcpuWords<S::Platform>,
+    pub(crate) active: ActiveEvents<S::Platform>,
+    pub(crate) counters: InvalidationCounters,
+    secondary: S,
+    policy: Policy,
+    slots: CachePadded<AtomicPtr<SlotSet>>,
+    updates: Shared<S::Platform, ()>,
+    /// Bumped by every end, for those who wait for one. Bit 0: someone does.
+    ended: CachePadded<ParkWord>,
+    released: AtomicU32,
+    /// Counts of vCPUs that are gone.
+    pub(crate) retired: Shared<S::Platform, FaultStats>,
+}
+
+const WAITERS: u32 = 1;
+
+impl<S: SecondaryMmu> fmt::Debug for GuestMmu<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GuestMmu")
+            .field("policy", &self.policy)
+            .field("lock", &self.lock)
+            .field("vcpus", &self.vcpus)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<S: SecondaryMmu> GuestMmu<S> {
+    /// A secondary MMU without memslots.
+    pub fn new(secondary: S, policy: Policy) -> Self {
+        Self {
+            lock: MmuLock::new(),
+            vcpus: VcpuWords::new(),
+            active: ActiveEvents::new(),
+            counters: InvalidationCounters::new(),
+            secondary,
+            policy,
+            slots: CachePadded(AtomicPtr::new(Box::into_raw(SlotSet::empty()))),
+            updates: Shared::new(()),
+            ended: CachePadded(ParkWord::new(0)),
+            released: AtomicU32::new(0),
+            retired: Shared::new(FaultStats::default()),
+        }
+    }
+
+    /// The tables.
+    pub fn secondary(&self) -> &S {
+        &self.secondary
+    }
+
+    /// What was chosen at the start.
+    pub fn policy(&self) -> Policy {
+        self.policy
+    }
+
+    /// The invalidation words, for looking.
+    pub fn invalidations(&self) -> &Invalidations {
+        self.lock.invalidations()
+    }
+
+    /// Whether the fault looks doomed, without the lock.
+    #[inline]
+    pub fn hint(&self, since: Snapshot, range: GfnRange) -> Option<Stale> {
+        self.lock.invalidations().hint(since, range)
+    }
+
+    /// Faults so far, all vCPUs together, gone ones too.
+    pub fn fault_stats(&self) -> FaultStats {
+        let mut total = *self.retired.read();
+        self.vcpus.for_each(|vcpu| vcpu.counters.add_to(&mut total));
+        total
+    }
+
+    /// Invalidations so far.
+    pub fn invalidation_stats(&self) -> InvalidationStats {
+        self.counters.get()
+    }
+
+    /// Parks until no active invalidation covers a frame of `range`; returns at once if none does.
+    ///
+    /// Costs no CPU, and no lock: an invalidation that is ending is either seen here as over, or sees the waiter.
+    pub fn wait(&self, range: GfnRange) {
+        loop {
+            let marked = if mutation::active(Mutation::WaitWithoutMark) {
+                self.ended.load(Ordering::Acquire)
+            } else {
+                self.ended.fetch_or(WAITERS, Ordering::AcqRel) | WAITERS
+            };
+            if !self.lock.invalidations().covers(range) {
+                return;
+            }
+            S::Platform::wait(&self.ended, marked);
+        }
+    }
+
+    /// An invalidation's count was dropped: wakes who waits for that.
+    pub(crate) fn announce_end(&self) {
+        let mut seen = self.ended.load(Ordering::Relaxed);
+        loop {
+            let next = (seen & !WAITERS).wrapping_add(2);
+            match self.ended.compare_exchange_weak(seen, next, Ordering::AcqRel, Ordering::Relaxed) {
+                Ok(_) => break,
+                Err(now) => seen = now,
+            }
+        }
+        if seen & WAITERS != 0 {
+            S::Platform::wake_all(&self.ended);
+        }
+        self.secondary.invalidation_ended();
+    }
+
+    /// Takes `mmu_lock` for write and counts the wait, if there was one.
+    pub(crate) fn write_timed(&self) -> MmuWriteGuard<'_, S::Platform> {
+        if let Some(guard) = self.lock.try_write() {
+            return guard;
+        }
+        let started = S::Platform::now_ns();
+        let guard = self.lock.write();
+        let waited = S::Platform::now_ns().saturating_sub(started);
+        self.counters.lock_wait_ns.fetch_add(waited, Ordering::Relaxed);
+        guard
+    }
+
+    /// The address space is gone: drops every translation and refuses all further faults.
+    pub fn release(&self) {
+        self.released.store(1, Ordering::Release);
+        let _update = self.updates.write();
+        let set = self.slot_set();
+        for slot in set.iter() {
+            self.zap_slot(slot);
+        }
+    }
+
+    /// Whether [`release`](Self::release) was called.
+    pub fn is_released(&self) -> bool {
+        self.released.load(Ordering::Acquire) != 0
+    }
+}
+
+/// Memslots. Updates run one at a time; each returns when no fault can still see the previous slots.
+impl<S: SecondaryMmu> GuestMmu<S> {
+    /// Adds a slot.
+    pub fn create_slot(&self, slot: Memslot) -> Result<(), SlotError> {
+        let _update = self.updates.write();
+        let slot = Memslot { state: SlotState::Valid, ..slot };
+        self.replace(self.slot_set().created(slot)?);
+        Ok(())
+    }
+
+    /// Removes a slot; its frames are MMIO from then on. While it goes, accesses retry.
+    pub fn delete_slot(&self, space: SpaceId, id: SlotId) -> Result<(), SlotError> {
+        let _update = self.updates.write();
+        self.invalidate_slot(space, id)?;
+        self.replace(self.slot_set().deleted(space, id)?);
+        Ok(())
+    }
+
+    /// Moves a slot to another guest frame; its memory stays. While it moves, accesses retry.
+    pub fn move_slot(&self, space: SpaceId, id: SlotId, base: Gfn) -> Result<(), SlotError> {
+        let _update = self.updates.write();
+        // Refuse before anything is invalidated, so that there is nothing to put back.
+        drop(self.slot_set().changed(space, id, |slot| slot.base = base)?);
+        self.invalidate_slot(space, id)?;
+        self.replace(self.slot_set().changed(space, id, |slot| {
+            slot.base = base;
+            slot.state = SlotState::Valid;
+        })?);
+        Ok(())
+    }
+
+    /// Turns dirty logging of a slot on or off. A slot is created read-only or not, for good.
+    pub fn set_dirty_logging(&self, space: SpaceId, id: SlotId, on: bool) -> Result<(), SlotError> {
+        let _update = self.updates.write();
+        self.replace(self.slot_set().changed(space, id, |slot| slot.flags.set(SlotFlags::LOG_DIRTY, on))?);
+        let slot = self.slot_set().get(space, id)?;
+        if on {
+            let mut walk = ZapWalk::start(self, Blocking::Allowed);
+            self.secondary.zap(&slot, slot.gfns(), Zap::WriteProtect, &mut walk);
+            walk.finish();
+        }
+        Ok(())
+    }
+
+    /// The invalid phase: when it returns, no fault can install for the slot and nothing maps it.
+    fn invalidate_slot(&self, space: SpaceId, id: SlotId) -> Result<(), SlotError> {
+        self.replace(self.slot_set().changed(space, id, |slot| slot.state = SlotState::Invalid)?);
+        let slot = self.slot_set().get(space, id)?;
+        self.zap_slot(&slot);
+        Ok(())
+    }
+
+    fn zap_slot(&self, slot: &Memslot) {
+        let mut walk = ZapWalk::start(self, Blocking::Allowed);
+        self.secondary.zap(slot, slot.gfns(), Zap::Unmap, &mut walk);
+        walk.finish();
+    }
+}
+
+// UNSAFETY: the slot set is shared through a pointer that an update swaps and frees.
+#[expect(unsafe_code)]
+mod published {
+    use super::{AtomicPtr, Box, GuestMmu, Ordering, SecondaryMmu, SlotSet};
+    use crate::readers::ReaderWord;
+    use core::marker::PhantomData;
+
+    /// A read section: the slot set stays while it lasts.
+    pub(crate) struct Section<'a, S: SecondaryMmu> {
+        word: &'a ReaderWord,
+        set: &'a SlotSet,
+        tables: PhantomData<fn() -> S>,
+    }
+
+    impl<S: SecondaryMmu> Section<'_, S> {
+        #[inline]
+        pub(crate) fn slots(&self) -> &SlotSet {
+            self.set
+        }
+    }
+
+    impl<S: SecondaryMmu> Drop for Section<'_, S> {
+        #[inline]
+        fn drop(&mut self) {
+            self.word.leave::<S::Platform>();
+        }
+    }
+
+    impl<S: SecondaryMmu> GuestMmu<S> {
+        /// Enters a read section on `word`, which belongs to a vCPU of this virtual machine.
+        #[inline]
+        pub(crate) fn enter<'a>(&'a self, word: &'a ReaderWord, number: u32) -> Section<'a, S> {
+            word.enter(number);
+            // SAFETY: (1) the pointer came from `Box::into_raw`; (2) it is freed only after `wait_for_readers`,
+            // which waits for this section if it was entered before the pointer was swapped out.
+            let set = unsafe { &*self.slots.load(Ordering::Acquire) };
+            Section { word, set, tables: PhantomData }
+        }
+
+        /// The slot set, for a caller that keeps it from being swapped: the holder of `updates`, or of an active event.
+        pub(crate) fn slot_set(&self) -> &SlotSet {
+            // SAFETY: (1) as above; (2) only the holder of `updates` swaps, and only while no event is active; both
+            // kinds of caller use the reference no longer than they keep the set in place.
+            unsafe { &*self.slots.load(Ordering::Acquire) }
+        }
+
+        /// Publishes `next`. The caller holds `updates`. Returns when no fault can see the previous set.
+        pub(crate) fn replace(&self, next: Box<SlotSet>) {
+            let next = Box::into_raw(next);
+            let old = self.active.drained(|| swap(&self.slots, next));
+            self.vcpus.wait_for_readers();
+            // SAFETY: `next` came from `Box::into_raw` and is freed by a later `replace`, which needs `updates`.
+            unsafe { &*next }.settle();
+            // SAFETY: (1) `old` came from `Box::into_raw`; (2) it is published no more; (3) every section that could
+            // have loaded it has been left; (4) no event was active at the swap, and later ones load `next`.
+            drop(unsafe { Box::from_raw(old) });
+        }
+    }
+
+    impl<S: SecondaryMmu> Drop for GuestMmu<S> {
+        fn drop(&mut self) {
+            // SAFETY: nobody else has access any more, and the pointer came from `Box::into_raw`.
+            drop(unsafe { Box::from_raw(self.slots.load(Ordering::Acquire)) });
+        }
+    }
+
+    fn swap(slots: &AtomicPtr<SlotSet>, next: *mut SlotSet) -> *mut SlotSet {
+        slots.swap(next, Ordering::AcqRel)
+    }
+}

@@ -1,0 +1,336 @@
+//! The two seams: what the engine asks of the primary MMU, and of the tables it installs into.
+
+use core::fmt;
+
+use crate::addr::{Gfn, GfnRange, HvaRange, Pfn};
+use crate::invalidation::{Fresh, Snapshot};
+use crate::platform::Platform;
+use crate::slots::Memslot;
+use crate::vcpu::VcpuWords;
+use crate::zap::ZapWalk;
+
+bitflags::bitflags! {
+    /// What the guest wanted of the page.
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+    pub struct Access: u8 {
+        /// Load. Always meant, also when absent.
+        const READ = 1;
+        /// Store.
+        const WRITE = 2;
+        /// Instruction fetch.
+        const EXEC = 4;
+    }
+}
+
+/// Who asks for the page.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum FaultKind {
+    /// The guest: it waits.
+    #[default]
+    Demand,
+    /// Someone who expects the guest to want it soon.
+    Prefetch,
+}
+
+/// Which of its two memories a guest addresses, where it has two (confidential guests).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Privacy {
+    /// Memory that the host can see: the ordinary kind.
+    #[default]
+    Shared,
+    /// Memory of the guest alone.
+    Private,
+}
+
+/// The translation that the guest ran into, as far as the machine tells.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Found {
+    /// Nothing.
+    #[default]
+    Absent,
+    /// A translation that forbids the access.
+    Present,
+    /// An entry with reserved bits: a cached MMIO entry.
+    Reserved,
+}
+
+/// One guest page fault.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Fault {
+    /// The address space.
+    pub space: crate::SpaceId,
+    /// The frame that was touched.
+    pub gfn: Gfn,
+    /// What for.
+    pub access: Access,
+    /// By whom.
+    pub kind: FaultKind,
+    /// What was in the way.
+    pub found: Found,
+    /// Which memory was meant.
+    pub privacy: Privacy,
+}
+
+impl Fault {
+    /// A demand fault of address space 0 on an absent translation.
+    pub fn new(gfn: Gfn, access: Access) -> Self {
+        Self { gfn, access, ..Self::default() }
+    }
+
+    /// Whether the access was a store.
+    #[inline]
+    pub fn is_write(&self) -> bool {
+        self.access.contains(Access::WRITE)
+    }
+}
+
+/// How a page reference was used when it is given back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PageUse {
+    /// Not at all: the fault is retried.
+    Unused,
+    /// It was mapped, and cannot be written through the mapping.
+    Clean,
+    /// It was mapped writable: count it as dirty.
+    Dirty,
+}
+
+/// A reference to a resident page of the primary MMU.
+///
+/// The engine gives each one back exactly once, and after an install while the witness is still held: a page that
+/// is marked dirty later could have been cleaned and freed in between.
+pub trait PageRef {
+    /// The frame that will be mapped for the faulting gfn.
+    fn pfn(&self) -> Pfn;
+
+    /// Whether the guest may write it.
+    fn is_writable(&self) -> bool;
+
+    /// Gives the reference back.
+    fn release(self, used: PageUse);
+}
+
+/// How long [`PrimaryMmu::fault_in`] may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Patience {
+    /// Do not wait for I/O: answer [`FaultInError::WouldWait`] instead.
+    NoWait,
+    /// Wait as long as it takes; a signal may end it with [`FaultInError::Interrupted`].
+    Interruptible,
+}
+
+/// Why the primary MMU gives no page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FaultInError<E> {
+    /// It needs I/O and was asked not to wait. The engine asks again, with patience.
+    WouldWait,
+    /// A signal came first.
+    Interrupted,
+    /// The host mapping forbids the guest's write: the access is emulated.
+    ReadOnly,
+    /// No memory for it.
+    NoMemory,
+    /// The page's content is lost. The engine installs poison in its place; the guest never gets other bytes.
+    Poisoned(E),
+    /// There is no such page, or it cannot be had for another reason.
+    Failed(E),
+}
+
+/// Whoever owns the real pages (in KVM: the host's memory management).
+///
+/// # Contract
+///
+/// 1. Every change of a page's backing lies within an invalidation of every secondary MMU that maps it, of the
+///    page's whole block where pages are larger than a frame.
+/// 2. `fault_in` called after an invalidation's end gives the page as it is after the change.
+/// 3. `fault_in` called during an invalidation may give the page as it was or fail; it must not wait for that
+///    invalidation to end (it runs without `mmu_lock`, but an invalidator may wait for it to finish).
+pub trait PrimaryMmu {
+    /// A reference to a resident page.
+    type Page: PageRef;
+    /// What can go wrong with a page.
+    type Error: fmt::Debug;
+
+    /// Makes the page behind `fault.gfn` of `slot` resident. May sleep within `patience`, may itself invalidate.
+    ///
+    /// `since` was sampled before this call; it is asked for so that a page cannot be looked up too early.
+    fn fault_in(
+        &self,
+        slot: &Memslot,
+        fault: &Fault,
+        since: &Snapshot,
+        patience: Patience,
+    ) -> Result<Self::Page, FaultInError<Self::Error>>;
+
+    /// Which memory `gfn` currently is (KVM's memory attributes). Read after the snapshot.
+    fn privacy(&self, _gfn: Gfn) -> Privacy {
+        Privacy::Shared
+    }
+}
+
+/// The answer of the path that needs neither lock nor sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FastFault {
+    /// Permissions of a present entry were upgraded.
+    Fixed,
+    /// The access is allowed already.
+    Spurious,
+    /// This fault needs the whole path.
+    NotApplicable,
+}
+
+/// What became of an install.
+#[must_use]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mapped {
+    /// The translation was installed or its permissions upgraded.
+    Fixed,
+    /// Someone had installed it already.
+    Spurious,
+    /// Someone else changed the entry at the same time: retry, never loop here.
+    LostRace,
+}
+
+/// What a zap leaves of a translation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Zap {
+    /// Nothing: the next access faults.
+    Unmap,
+    /// Reading: the next write faults. A secondary MMU may unmap instead.
+    WriteProtect,
+}
+
+/// What to do with the mark of a past access.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Age {
+    /// Look at it.
+    Test,
+    /// Look at it and take it away.
+    Clear,
+}
+
+/// Whether a page was used since its mark was last taken away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Young {
+    /// It was.
+    Yes,
+    /// It was not.
+    No,
+    /// This secondary MMU learns it only when the page is faulted in again.
+    Unknown,
+}
+
+/// A cached MMIO entry, as found on a reserved-bit fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CachedMmio {
+    /// No such entry any more.
+    Gone,
+    /// Installed under this generation of the memslots.
+    Generation(u64),
+}
+
+/// The tables that the guest's accesses go through: in memory, or the kernel's behind userfaultfd.
+///
+/// # Contract
+///
+/// * `map` installs only what `fresh` covers, and never replaces a present translation by one to another page.
+/// * `zap` leaves no translation of the range, reports each step to the walk, and restarts when the walk says so.
+/// * `flush` returns when no CPU can use a translation that was zapped before the call.
+pub trait SecondaryMmu: Sized + Send + Sync {
+    /// What it runs on.
+    type Platform: Platform;
+    /// The pages it maps.
+    type Page: PageRef;
+    /// Objects a vCPU keeps so that nothing allocates under the lock.
+    type Cache: Default + Send;
+    /// Why an install can fail for good.
+    type Error: fmt::Debug;
+
+    /// The frames that an install for `gfn` covers: a whole huge page, or just the frame. Faults are checked
+    /// against invalidations of any of them. Must lie in the slot.
+    fn block(&self, _slot: &Memslot, gfn: Gfn) -> GfnRange {
+        GfnRange::frame(gfn)
+    }
+
+    /// Whether writes to `gfn` are tracked and so never mapped (shadowed tables).
+    fn is_write_tracked(&self, _gfn: Gfn) -> bool {
+        false
+    }
+
+    /// Upgrades the permissions of a present entry by one compare-exchange, if that is all that is needed.
+    fn fast_fault(&self, _slot: &Memslot, _fault: &Fault) -> FastFault {
+        FastFault::NotApplicable
+    }
+
+    /// Refills a vCPU's cache before the lock is taken; `false` if there is no memory.
+    fn top_up(&self, _cache: &mut Self::Cache) -> bool {
+        true
+    }
+
+    /// Whether the vCPU's root was invalidated, so that an install would go into dead tables. Called under the lock.
+    fn is_root_stale(&self, _cache: &Self::Cache) -> bool {
+        false
+    }
+
+    /// Installs the translation of `fresh.range()` to `page`, for `fault`.
+    fn map(
+        &self,
+        fresh: Fresh<'_>,
+        slot: &Memslot,
+        fault: &Fault,
+        page: &Self::Page,
+        cache: &mut Self::Cache,
+    ) -> Result<Mapped, Self::Error>;
+
+    /// Installs poison: the next access of the frames ends in a memory error.
+    fn poison(&self, fresh: Fresh<'_>, slot: &Memslot) -> Result<Mapped, Self::Error>;
+
+    /// Removes (or write-protects) every translation of `gfns` of `slot`, entry by entry, reporting to `walk`.
+    fn zap(&self, slot: &Memslot, gfns: GfnRange, zap: Zap, walk: &mut ZapWalk<'_, Self>);
+
+    /// Makes every CPU forget what was zapped in `gfns`. The default asks all vCPUs and waits for those in the guest.
+    fn flush(&self, gfns: GfnRange, vcpus: &VcpuWords<Self::Platform>) {
+        let _ = gfns;
+        vcpus.request_and_wait(crate::Requests::FLUSH_TLB, |vcpu| self.kick(vcpu));
+    }
+
+    /// Makes vCPU number `vcpu`, seen in guest mode, leave the guest.
+    fn kick(&self, _vcpu: usize) {}
+
+    /// Marks of past accesses. Advisory: a wrong answer costs speed only.
+    fn age(&self, _slot: &Memslot, _gfns: GfnRange, _age: Age) -> Young {
+        Young::Unknown
+    }
+
+    /// The cached MMIO entry of `gfn`.
+    fn cached_mmio(&self, _gfn: Gfn) -> CachedMmio {
+        CachedMmio::Gone
+    }
+
+    /// Caches that `gfn` is MMIO under this generation of the memslots. Called with the lock held.
+    fn cache_mmio(&self, _gfn: Gfn, _generation: u64, _cache: &mut Self::Cache) {}
+
+    /// An invalidation has ended (after the count was dropped): faults parked on it may be tried again.
+    fn invalidation_ended(&self) {}
+}
+
+/// Whether an invalidation may sleep and yield.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Blocking {
+    /// It may.
+    Allowed,
+    /// It may not (KVM: the OOM reaper): the whole range in one critical section.
+    Forbidden,
+}
+
+/// How the primary MMU reaches a secondary MMU that maps its memory, whatever kind that is.
+///
+/// Implemented by [`GuestMmu`](crate::GuestMmu); a trait so that a memory object can hold several.
+pub trait Notifier: Send + Sync {
+    /// Runs `change` inside an invalidation of `hvas`: when `change` runs, nothing maps the range, and nothing will
+    /// until it has returned.
+    fn invalidating(&self, hvas: HvaRange, zap: Zap, blocking: Blocking, change: &mut dyn FnMut());
+
+    /// Looks at, or takes away, the marks of past accesses.
+    fn age(&self, hvas: HvaRange, age: Age) -> Young;
+}

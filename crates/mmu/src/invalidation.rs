@@ -1,0 +1,234 @@
+//! Invalidations: the sequence, the count and the range that a fault is checked against.
+//!
+//! # State
+//!
+//! | word | changed by | meaning |
+//! |---|---|---|
+//! | `in_progress` | `begin` +1, `end` −1, with `mmu_lock` held for write | invalidations between begin and end |
+//! | `sequence` | `end` +1, likewise | invalidations that ended |
+//! | `start`, `end` | `add_range`, likewise | hull of every range added since `in_progress` last left 0 |
+//!
+//! `begin` raises the count and, when it was 0, empties the hull to a sentinel; `add_range` widens the hull;
+//! `end` bumps the sequence and *then* drops the count. The hull stays behind: only the count gives it meaning.
+//! It never shrinks while any invalidation is active, so with overlapping invalidations a gfn between two ranges
+//! is refused until the last one ends: a false positive, accepted.
+//!
+//! # What a verdict is worth
+//!
+//! Three words that are written one after the other can be seen torn without the lock. So there are two checks:
+//!
+//! * [`Invalidations::hint`] takes no lock. It may miss an invalidation and may see one that is over. It gives
+//!   only a reason to retry, never a right to install.
+//! * [`Invalidations::verify`] needs a [`Witness`](crate::Witness), which keeps the words still while it is alive, and
+//!   gives [`Fresh`], the right to install, which cannot outlive the witness.
+//!
+//! A fault that overlaps the invalidation is caught by count and hull; one that sampled the sequence before the
+//! end and verifies after it is caught by the sequence. Hence the sequence moves at the end only.
+//!
+//! Source: Linux `kvm_mmu_invalidate_begin`, `kvm_mmu_invalidate_range_add`, `kvm_mmu_invalidate_end`,
+//! `mmu_invalidate_retry_gfn` and `mmu_invalidate_retry_gfn_unsafe`.
+
+use core::marker::PhantomData;
+
+use crate::addr::{Gfn, GfnRange};
+use crate::mmu_lock::Witness;
+use crate::mutation::{self, Mutation};
+use crate::sync::{AtomicU64, Ordering};
+
+/// Both bounds while a `begin` has not yet been followed by an `add_range`. No gfn reaches it.
+const SENTINEL: u64 = u64::MAX;
+
+/// The words of one virtual machine; changed only through a [`MmuWriteGuard`](crate::MmuWriteGuard).
+#[derive(Debug)]
+pub struct Invalidations {
+    in_progress: AtomicU64,
+    sequence: AtomicU64,
+    start: AtomicU64,
+    end: AtomicU64,
+}
+
+/// The sequence as it was before the page was looked up.
+///
+/// Whoever resolves a page asks for one, so that it cannot be taken too late.
+#[must_use = "a snapshot that nothing is verified against protects nothing"]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Snapshot {
+    sequence: u64,
+}
+
+/// The right to install translations for a range of frames, as long as the witness `'w` lives.
+///
+/// Only [`Invalidations::verify`] makes one.
+#[must_use = "verified for nothing: install, or do not verify"]
+#[derive(Debug)]
+pub struct Fresh<'w> {
+    range: GfnRange,
+    witness: PhantomData<&'w ()>,
+}
+
+impl Fresh<'_> {
+    /// The frames that may be installed.
+    #[inline]
+    pub fn range(&self) -> GfnRange {
+        self.range
+    }
+}
+
+/// Why a fault must be retried.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stale {
+    /// An invalidation whose hull covers the frames is active (or seems to be, for a hint).
+    Covered,
+    /// An invalidation, of any range, has ended since the snapshot.
+    SequenceMoved,
+}
+
+/// A caller of the bare words broke the pairing rules. Not reachable through
+/// [`GuestMmu::invalidate`](crate::GuestMmu::invalidate).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum InvalidationError {
+    /// `add_range` while no invalidation is active.
+    #[error("the range {0} was added while no invalidation is active: call begin first")]
+    AddWithoutBegin(GfnRange),
+    /// `add_range` with nothing in it.
+    #[error("the empty range {0} was added to an invalidation")]
+    EmptyRange(GfnRange),
+    /// `end` without `begin`; the count is left at 0.
+    #[error("an invalidation was ended that never began")]
+    EndWithoutBegin,
+    /// `begin` and `end` with no range in between: harmless, and surely not what was meant. The end took place.
+    #[error("an invalidation ended without a range: faults were never held back")]
+    EndWithoutRange,
+}
+
+impl Invalidations {
+    pub(crate) fn new() -> Self {
+        Self {
+            in_progress: AtomicU64::new(0),
+            sequence: AtomicU64::new(0),
+            start: AtomicU64::new(SENTINEL),
+            end: AtomicU64::new(SENTINEL),
+        }
+    }
+
+    /// Samples the sequence. Everything that can go stale (attributes, the page) is looked up after this.
+    #[inline]
+    pub fn snapshot(&self) -> Snapshot {
+        Snapshot { sequence: self.sequence.load(Ordering::Acquire) }
+    }
+
+    /// The lock-free check: whether the fault looks doomed. `None` promises nothing.
+    #[inline]
+    pub fn hint(&self, since: Snapshot, range: GfnRange) -> Option<Stale> {
+        if self.in_progress.load(Ordering::Relaxed) != 0 && self.hull_overlaps(range) {
+            return Some(Stale::Covered);
+        }
+        if self.sequence.load(Ordering::Relaxed) != since.sequence {
+            return Some(Stale::SequenceMoved);
+        }
+        None
+    }
+
+    /// The check that counts. `witness` must belong to the lock of these words (it is debug-checked).
+    #[inline]
+    pub fn verify<'w, W: Witness>(
+        &self,
+        witness: &'w W,
+        since: Snapshot,
+        range: GfnRange,
+    ) -> Result<Fresh<'w>, Stale> {
+        debug_assert!(core::ptr::eq(witness.invalidations(), self), "a witness of another virtual machine");
+        let fresh = Fresh { range, witness: PhantomData };
+        if mutation::active(Mutation::VerifyAlwaysFresh) {
+            return Ok(fresh);
+        }
+        if self.in_progress.load(Ordering::Relaxed) != 0 && !mutation::active(Mutation::VerifyIgnoresRange) {
+            // A sentinel means that the lock was given up between begin and the first range: retry.
+            let torn = self.start.load(Ordering::Relaxed) == SENTINEL;
+            debug_assert!(!torn, "mmu_lock was given up between begin and add_range");
+            if torn || self.hull_overlaps(range) {
+                return Err(Stale::Covered);
+            }
+        }
+        if self.sequence.load(Ordering::Relaxed) != since.sequence
+            && !mutation::active(Mutation::VerifyIgnoresSequence)
+        {
+            return Err(Stale::SequenceMoved);
+        }
+        Ok(fresh)
+    }
+
+    /// Whether an active invalidation covers a frame of `range`, as far as can be told without the lock.
+    ///
+    /// Acquire: who reads "over" here and samples the sequence next reads it bumped.
+    #[inline]
+    pub fn covers(&self, range: GfnRange) -> bool {
+        self.in_progress.load(Ordering::Acquire) != 0 && self.hull_overlaps(range)
+    }
+
+    /// How many invalidations are active.
+    #[inline]
+    pub fn in_progress(&self) -> u64 {
+        self.in_progress.load(Ordering::Acquire)
+    }
+
+    #[inline]
+    fn hull_overlaps(&self, range: GfnRange) -> bool {
+        range.start.as_u64() < self.end.load(Ordering::Relaxed)
+            && self.start.load(Ordering::Relaxed) < range.end.as_u64()
+    }
+
+    /// Raises the count. `mmu_lock` is held for write.
+    pub(crate) fn begin(&self) {
+        let active = self.in_progress.load(Ordering::Relaxed);
+        if active == 0 {
+            self.start.store(SENTINEL, Ordering::Relaxed);
+            self.end.store(SENTINEL, Ordering::Relaxed);
+        }
+        self.in_progress.store(active + 1, Ordering::Relaxed);
+    }
+
+    /// Widens the hull. `mmu_lock` is held for write.
+    pub(crate) fn add_range(&self, range: GfnRange) -> Result<(), InvalidationError> {
+        if self.in_progress.load(Ordering::Relaxed) == 0 {
+            return Err(InvalidationError::AddWithoutBegin(range));
+        }
+        if range.is_empty() {
+            return Err(InvalidationError::EmptyRange(range));
+        }
+        let hull = match self.start.load(Ordering::Relaxed) {
+            SENTINEL => range,
+            start => GfnRange::new(Gfn::new(start), Gfn::new(self.end.load(Ordering::Relaxed))).hull(range),
+        };
+        self.start.store(hull.start.as_u64(), Ordering::Relaxed);
+        self.end.store(hull.end.as_u64(), Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Bumps the sequence, then drops the count. `mmu_lock` is held for write.
+    pub(crate) fn end(&self) -> Result<(), InvalidationError> {
+        let active = self.in_progress.load(Ordering::Relaxed);
+        if active == 0 {
+            return Err(InvalidationError::EndWithoutBegin);
+        }
+        if mutation::active(Mutation::EndCountFirst) {
+            self.in_progress.store(active - 1, Ordering::Release);
+            self.bump_sequence();
+        } else {
+            self.bump_sequence();
+            self.in_progress.store(active - 1, Ordering::Release);
+        }
+        if self.start.load(Ordering::Relaxed) == SENTINEL {
+            return Err(InvalidationError::EndWithoutRange);
+        }
+        Ok(())
+    }
+
+    fn bump_sequence(&self) {
+        if !mutation::active(Mutation::EndKeepsSequence) {
+            // Release: who samples the new number sees what the primary MMU did before this end.
+            self.sequence.store(self.sequence.load(Ordering::Relaxed).wrapping_add(1), Ordering::Release);
+        }
+    }
+}

@@ -1,0 +1,81 @@
+//! Deliberate breaks: each removes one safety rule, so that a test can show that it would be noticed.
+//!
+//! Without the feature `mutations` the question "is it on?" is the constant `false` and leaves no code behind.
+
+/// One safety rule that can be switched off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+#[non_exhaustive]
+pub enum Mutation {
+    /// `verify` finds every snapshot fresh.
+    VerifyAlwaysFresh = 1,
+    /// `verify` looks at the active range but not at the sequence.
+    VerifyIgnoresSequence,
+    /// `verify` looks at the sequence but not at the active range.
+    VerifyIgnoresRange,
+    /// `end` drops the count before it bumps the sequence.
+    EndCountFirst,
+    /// `end` leaves the sequence as it is.
+    EndKeepsSequence,
+    /// A zap leaves out the last frame of the range.
+    ZapForgetsLastFrame,
+    /// A zap gives the lock up without flushing first (rule F2).
+    YieldWithoutFlush,
+    /// `begin` returns without flushing (rule F1).
+    BeginWithoutFlush,
+    /// The page reference is leaked when the check after fault-in fires (version 2 of the change).
+    LeakPageAfterFaultIn,
+    /// The pre-check looks only at faults without a memslot (version 4 of the change).
+    InvertedSlotTest,
+    /// The page is released after the lock is given up.
+    ReleaseAfterUnlock,
+    /// A memslot update does not wait for active invalidations.
+    SwapWithoutDrain,
+    /// A memslot update does not wait for readers.
+    SwapWithoutReaders,
+    /// A reader enters its section without the full fence.
+    ReaderWithoutFence,
+    /// A waiter parks without marking the word.
+    WaitWithoutMark,
+    /// A vCPU enters the guest without the full fence.
+    EnterWithoutFence,
+    /// A request is made without the full fence before the mode is read.
+    RequestWithoutFence,
+    /// A flush does not wait until a kicked vCPU has left the guest.
+    KickWithoutAck,
+    /// A lock's reader does not wait for the writer's phase to end.
+    ReaderIgnoresWriter,
+    /// A lock's writer does not wait for the readers before it.
+    WriterIgnoresReaders,
+    /// A leaving lock holder does not wake who parked.
+    UnlockWithoutWake,
+    /// The primary MMU discards pages without an invalidation.
+    DiscardWithoutInvalidation,
+    /// The primary MMU evicts pages without an invalidation.
+    EvictWithoutInvalidation,
+    /// What was discarded comes back as it was, not as zeros.
+    DiscardKeepsBytes,
+}
+
+#[cfg(feature = "mutations")]
+static ACTIVE: core::sync::atomic::AtomicU32 = core::sync::atomic::AtomicU32::new(0);
+
+/// Switches one rule off for the whole process, or all rules on again with `None`.
+#[cfg(feature = "mutations")]
+pub fn set(mutation: Option<Mutation>) {
+    ACTIVE.store(mutation.map_or(0, |m| m as u32), core::sync::atomic::Ordering::SeqCst);
+}
+
+/// Whether this rule is switched off.
+#[cfg(feature = "mutations")]
+#[inline]
+pub fn active(mutation: Mutation) -> bool {
+    ACTIVE.load(core::sync::atomic::Ordering::Relaxed) == mutation as u32
+}
+
+/// Whether this rule is switched off: never, without the feature `mutations`.
+#[cfg(not(feature = "mutations"))]
+#[inline(always)]
+pub const fn active(_mutation: Mutation) -> bool {
+    false
+}

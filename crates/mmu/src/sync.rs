@@ -1,0 +1,89 @@
+//! The one place that knows which atomics, fences and cells the crate runs on.
+//!
+//! Everything else names them through this module, so that under `--cfg loom` the whole engine runs on loom's.
+//!
+//! # Orderings
+//!
+//! What each ordering is for, and what it pairs with. "Lock" is `mmu_lock`.
+//!
+//! | word | access | ordering | pairs with, and what that gives |
+//! |---|---|---|---|
+//! | lock `rin` | reader arrives, add | Acquire | the writer's Release when it leaves: its changes are seen |
+//! | lock `rout` | reader leaves, add | Release | the next writer's Acquire: it sees what readers installed |
+//! | lock `wout` | writer leaves, add | Release | the next writer's Acquire |
+//! | `in_progress` | raise, under lock | Relaxed | seen by installs through the lock; by hints whenever it gets there |
+//! | `in_progress` | drop, under lock | Release | `wait`'s and hint's Acquire: "over" implies "sequence bumped" |
+//! | `sequence` | bump, under lock | Release | `snapshot`'s Acquire: who sees the new number sees the new pages |
+//! | `start`, `end` | under lock | Relaxed | only verdicts under the lock rely on them |
+//! | hint | all loads | Relaxed | nothing: a hint gives no right, only a reason to retry |
+//! | `ended` | waiter marks; `end` bumps | AcqRel | each other: one of the two sees the other (no lost wake-up) |
+//! | reader word | enter: store + `fence(SeqCst)` | | the updater's pointer swap + `fence(SeqCst)`: reader sees the new slots, or the updater sees the reader |
+//! | reader word | leave: swap | Release | the updater's Acquire: installs of that section happened before |
+//! | slots pointer | publish / read | Release / Acquire | contents of the slot set |
+//! | vCPU `mode` | in guest: store + `fence(SeqCst)` | | requester's `requests` + `fence(SeqCst)`: the vCPU sees the request, or the requester sees it in the guest and kicks |
+//! | vCPU `mode` | leave: swap | Release | the requester's Acquire: the vCPU's last guest access came before |
+//! | counters | all | Relaxed | nothing: they are statistics |
+
+#[cfg(not(loom))]
+pub(crate) use core::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering, fence};
+#[cfg(loom)]
+pub(crate) use loom::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering, fence};
+
+/// The 32-bit word that a thread can park on: [`core::sync::atomic::AtomicU32`] outside loom.
+#[cfg(not(loom))]
+pub type ParkWord = core::sync::atomic::AtomicU32;
+/// The 32-bit word that a thread can park on: loom's, under `--cfg loom`.
+#[cfg(loom)]
+pub type ParkWord = loom::sync::atomic::AtomicU32;
+
+/// Data behind a lock of the engine's own kind; loom's, under loom. For what is changed rarely.
+#[cfg(not(loom))]
+pub(crate) struct Shared<P: crate::Platform, T>(lock_api::RwLock<crate::RawMmuLock<P>, T>);
+
+#[cfg(not(loom))]
+impl<P: crate::Platform, T> Shared<P, T> {
+    pub(crate) fn new(value: T) -> Self {
+        Self(lock_api::RwLock::new(value))
+    }
+
+    pub(crate) fn read(&self) -> impl core::ops::Deref<Target = T> + '_ {
+        self.0.read()
+    }
+
+    pub(crate) fn write(&self) -> impl core::ops::DerefMut<Target = T> + '_ {
+        self.0.write()
+    }
+}
+
+/// Data behind a lock of the engine's own kind; loom's, under loom. For what is changed rarely.
+#[cfg(loom)]
+pub(crate) struct Shared<P: crate::Platform, T>(loom::sync::RwLock<T>, core::marker::PhantomData<fn() -> P>);
+
+#[cfg(loom)]
+impl<P: crate::Platform, T> Shared<P, T> {
+    pub(crate) fn new(value: T) -> Self {
+        Self(loom::sync::RwLock::new(value), core::marker::PhantomData)
+    }
+
+    pub(crate) fn read(&self) -> impl core::ops::Deref<Target = T> + '_ {
+        self.0.read().expect("no loom thread panics while it holds this lock")
+    }
+
+    pub(crate) fn write(&self) -> impl core::ops::DerefMut<Target = T> + '_ {
+        self.0.write().expect("no loom thread panics while it holds this lock")
+    }
+}
+
+/// Keeps a value on cache lines of its own: 128 bytes, since x86 fetches lines in pairs.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+pub(crate) struct CachePadded<T>(pub(crate) T);
+
+impl<T> core::ops::Deref for CachePadded<T> {
+    type Target = T;
+
+    #[inline]
+    fn deref(&self) -> &T {
+        &self.0
+    }
+}

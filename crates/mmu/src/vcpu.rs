@@ -1,0 +1,201 @@
+//! What each vCPU owns, and the handshake by which it is made to flush its TLB.
+//!
+//! # States of a vCPU
+//!
+//! ```text
+//! Outside ──enter: store, full fence, look at requests──► InGuest ──kicked──► Exiting
+//!    ▲                                                       │                   │
+//!    └───────────────────────leave (wakes who waits)─────────┴───────────────────┘
+//! ```
+//!
+//! A requester sets a request bit, full fence, then looks at the mode. Either the vCPU sees the request before it
+//! runs guest code, or the requester sees it in the guest, marks it `Exiting`, kicks it, and waits until it has
+//! left. In both cases, when the requester goes on, the vCPU runs no guest code before it has served the request.
+//!
+//! Source: Linux `kvm_make_all_cpus_request`, `kvm_request_needs_ipi`, `vcpu_enter_guest`.
+
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::fmt;
+
+use crate::mutation::{self, Mutation};
+use crate::platform::Platform;
+use crate::readers::{ReaderWord, wait_for_readers};
+use crate::stats::FaultCounters;
+use crate::sync::{AtomicU32, CachePadded, Ordering, Shared, fence};
+
+bitflags::bitflags! {
+    /// What a vCPU must do before it runs guest code again.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Requests: u32 {
+        /// Forget all cached translations.
+        const FLUSH_TLB = 1;
+        /// Drop roots that were invalidated, and load new ones.
+        const RELOAD_ROOTS = 2;
+        /// Just leave the guest.
+        const STOP = 4;
+    }
+}
+
+const OUTSIDE: u32 = 0;
+const IN_GUEST: u32 = 1;
+const EXITING: u32 = 2;
+
+/// The words of one vCPU. Only their owner writes `reader` and `counters`; requesters write the handshake words.
+#[derive(Debug)]
+pub(crate) struct VcpuShared {
+    pub(crate) id: usize,
+    pub(crate) reader: CachePadded<ReaderWord>,
+    pub(crate) counters: CachePadded<FaultCounters>,
+    handshake: CachePadded<Handshake>,
+}
+
+#[derive(Debug)]
+struct Handshake {
+    mode: AtomicU32,
+    requests: AtomicU32,
+}
+
+impl VcpuShared {
+    pub(crate) fn new(id: usize) -> Self {
+        Self {
+            id,
+            reader: CachePadded(ReaderWord::new()),
+            counters: CachePadded(FaultCounters::new()),
+            handshake: CachePadded(Handshake { mode: AtomicU32::new(OUTSIDE), requests: AtomicU32::new(0) }),
+        }
+    }
+
+    /// Enters the guest, unless requests wait: those are handed out and the vCPU stays outside.
+    pub(crate) fn enter_guest<P: Platform>(&self) -> Result<(), Requests> {
+        self.handshake.mode.store(IN_GUEST, Ordering::Relaxed);
+        if !mutation::active(Mutation::EnterWithoutFence) {
+            fence(Ordering::SeqCst);
+        }
+        if self.handshake.requests.load(Ordering::Relaxed) == 0 {
+            return Ok(());
+        }
+        self.leave_guest::<P>();
+        Err(self.take_requests())
+    }
+
+    /// Leaves the guest and lets whoever kicked go on.
+    pub(crate) fn leave_guest<P: Platform>(&self) {
+        if self.handshake.mode.swap(OUTSIDE, Ordering::Release) == EXITING {
+            P::wake_all(&self.handshake.mode);
+        }
+    }
+
+    /// Takes the requests that wait. They must be served before the guest is entered.
+    pub(crate) fn take_requests(&self) -> Requests {
+        // Acquire: what the requester changed before it asked is seen by whoever serves it.
+        Requests::from_bits_retain(self.handshake.requests.swap(0, Ordering::Acquire))
+    }
+
+    /// Whether the vCPU was kicked and should leave the guest (for vCPUs that are software).
+    pub(crate) fn is_kicked(&self) -> bool {
+        self.handshake.mode.load(Ordering::Relaxed) == EXITING
+    }
+
+    /// Sets request bits; returns whether the vCPU must be kicked, which this caller then does.
+    fn request(&self, requests: Requests) -> Kick {
+        self.handshake.requests.fetch_or(requests.bits(), Ordering::Release);
+        if !mutation::active(Mutation::RequestWithoutFence) {
+            fence(Ordering::SeqCst);
+        }
+        match self.handshake.mode.compare_exchange(IN_GUEST, EXITING, Ordering::Acquire, Ordering::Acquire) {
+            Ok(_) => Kick::Needed,
+            Err(EXITING) => Kick::UnderWay,
+            Err(_) => Kick::No,
+        }
+    }
+
+    fn wait_until_left<P: Platform>(&self) {
+        if mutation::active(Mutation::KickWithoutAck) {
+            return;
+        }
+        for _ in 0..P::SPINS {
+            if self.handshake.mode.load(Ordering::Acquire) != EXITING {
+                return;
+            }
+            P::relax();
+        }
+        while self.handshake.mode.load(Ordering::Acquire) == EXITING {
+            P::wait(&self.handshake.mode, EXITING);
+        }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kick {
+    No,
+    Needed,
+    UnderWay,
+}
+
+/// The words of every vCPU of a virtual machine.
+pub struct VcpuWords<P: Platform> {
+    words: Shared<P, Vec<Arc<VcpuShared>>>,
+    flushes: CachePadded<crate::sync::AtomicU64>,
+}
+
+impl<P: Platform> fmt::Debug for VcpuWords<P> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VcpuWords").field("vcpus", &self.words.read().len()).finish()
+    }
+}
+
+impl<P: Platform> VcpuWords<P> {
+    pub(crate) fn new() -> Self {
+        Self { words: Shared::new(Vec::new()), flushes: CachePadded(crate::sync::AtomicU64::new(0)) }
+    }
+
+    pub(crate) fn register(&self) -> Arc<VcpuShared> {
+        let mut words = self.words.write();
+        let taken = |id: &usize| words.iter().any(|vcpu| vcpu.id == *id);
+        let id = (0..).find(|id| !taken(id)).expect("there are more numbers than vCPUs");
+        let vcpu = Arc::new(VcpuShared::new(id));
+        words.push(Arc::clone(&vcpu));
+        vcpu
+    }
+
+    pub(crate) fn unregister(&self, vcpu: &Arc<VcpuShared>) {
+        self.words.write().retain(|other| !Arc::ptr_eq(other, vcpu));
+    }
+
+    pub(crate) fn for_each(&self, mut visit: impl FnMut(&VcpuShared)) {
+        for vcpu in self.words.read().iter() {
+            visit(vcpu);
+        }
+    }
+
+    /// Waits for every read section that may still use a slot set that is published no more.
+    pub(crate) fn wait_for_readers(&self) {
+        let words: Vec<_> = self.words.read().clone();
+        wait_for_readers::<P>(words.iter().map(|vcpu| &vcpu.reader.0));
+    }
+
+    /// Asks every vCPU, kicks those that are in the guest, and returns when all of those have left it.
+    pub fn request_and_wait(&self, requests: Requests, kick: impl Fn(usize)) {
+        self.flushes.fetch_add(u64::from(requests.contains(Requests::FLUSH_TLB)), Ordering::Relaxed);
+        let words = self.words.read();
+        let mut left = Vec::new();
+        for vcpu in words.iter() {
+            let state = vcpu.request(requests);
+            if state == Kick::Needed {
+                kick(vcpu.id);
+            }
+            if state != Kick::No {
+                left.push(vcpu);
+            }
+        }
+        for vcpu in left {
+            vcpu.wait_until_left::<P>();
+        }
+    }
+
+    /// Remote TLB flushes that were requested of the vCPUs so far.
+    pub fn flushes_requested(&self) -> u64 {
+        self.flushes.load(Ordering::Relaxed)
+    }
+}
