@@ -1,0 +1,38 @@
+//! The dirty log of a KVM guest's managed memory.
+
+use afterimage_mmu::Gfn;
+
+/// The frames that a guest has written since the log was last read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DirtyFrames {
+    words: Vec<u64>,
+}
+
+impl DirtyFrames {
+    pub(crate) fn new(words: Vec<u64>) -> Self {
+        Self { words }
+    }
+
+    /// Whether `gfn` was written.
+    pub fn contains(&self, gfn: Gfn) -> bool {
+        let (word, bit) = (gfn.as_u64() / 64, gfn.as_u64() % 64);
+        self.words.get(word as usize).is_some_and(|word| word >> bit & 1 == 1)
+    }
+
+    /// Number of frames written.
+    pub fn len(&self) -> u64 {
+        self.words.iter().map(|word| u64::from(word.count_ones())).sum()
+    }
+
+    /// Whether no frame was written.
+    pub fn is_empty(&self) -> bool {
+        self.words.iter().all(|&word| word == 0)
+    }
+
+    /// The frames written, in order.
+    pub fn iter(&self) -> impl Iterator<Item = Gfn> {
+        self.words.iter().enumerate().flat_map(|(index, &word)| {
+            (0..64).filter(move |bit| word >> bit & 1 == 1).map(move |bit| Gfn::new(index as u64 * 64 + bit))
+        })
+    }
+}

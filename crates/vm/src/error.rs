@@ -1,0 +1,70 @@
+//! What can keep a guest from starting, or from ending.
+
+use std::io;
+
+/// An error of this crate.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum VmError {
+    /// The specification cannot be run as it stands.
+    #[error("{what}")]
+    Spec {
+        /// What is wrong with it, as a sentence.
+        what: String,
+    },
+    /// `/dev/kvm` cannot be opened.
+    #[error("cannot open /dev/kvm: {source}; a thread guest needs no KVM")]
+    NoKvm {
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A KVM call failed.
+    #[error("KVM cannot {what}: {source}")]
+    Kvm {
+        /// What it was asked to do.
+        what: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Another system call failed.
+    #[error("cannot {what}: {source}")]
+    System {
+        /// What was tried.
+        what: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The guest program could not be assembled; a bug of this crate.
+    #[error("the guest program cannot be assembled: {what}")]
+    Assemble {
+        /// What the assembler said.
+        what: String,
+    },
+    /// Only a KVM guest can do this.
+    #[error("only a KVM guest can {what}")]
+    NeedsKvm {
+        /// What was asked for.
+        what: &'static str,
+    },
+    /// These vCPUs did not end in time, not even when kicked. Their threads are left behind, and may still touch
+    /// the managed memory: it must stay mapped.
+    #[error("vCPU {vcpus:?} did not stop, not even when kicked")]
+    DidNotStop {
+        /// The numbers of the vCPUs, and the frame that each is at if it can be told.
+        vcpus: Vec<usize>,
+    },
+}
+
+impl VmError {
+    pub(crate) fn kvm(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Self {
+        move |error| Self::Kvm { what, source: io::Error::from_raw_os_error(error.errno()) }
+    }
+
+    pub(crate) fn system<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> Self {
+        move |error| Self::System { what, source: error.into() }
+    }
+
+    pub(crate) fn spec(what: impl Into<String>) -> Self {
+        Self::Spec { what: what.into() }
+    }
+}

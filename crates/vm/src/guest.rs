@@ -1,0 +1,330 @@
+//! A guest: starts vCPUs on the managed memory, watches them, stops them.
+
+use core::sync::atomic::AtomicU64;
+use core::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
+use std::os::unix::thread::JoinHandleExt;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use afterimage_mmu::{FRAME_SHIFT, Gfn, GfnRange};
+
+use crate::dirty::DirtyFrames;
+use crate::error::VmError;
+use crate::kick;
+use crate::kvm::KvmVm;
+use crate::latency::Latency;
+use crate::report::{Counters, GuestReport, VcpuEnd, VcpuFailure, VcpuReport, WrongPage};
+use crate::spec::{GuestMemory, GuestSpec};
+use crate::start;
+use crate::system::SystemMemory;
+use crate::windows::Windows;
+
+/// How long [`Guest::stop`] waits for vCPUs to see the stop flag before it kicks them.
+pub const STOP_GRACE: Duration = Duration::from_secs(2);
+/// How long it then waits for those that it kicked.
+pub const KICK_GRACE: Duration = Duration::from_secs(3);
+const KICK_EVERY: Duration = Duration::from_millis(10);
+
+/// A running guest. Dropping it stops it like [`Guest::stop`], but nobody hears how that went.
+///
+/// All that can be done with a guest besides stopping it is in [`GuestHandle`].
+#[derive(Debug)]
+pub struct Guest {
+    handle: GuestHandle,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// Access to a guest from any thread, for as long as one likes.
+#[derive(Clone, Debug)]
+pub struct GuestHandle {
+    state: Arc<State>,
+}
+
+/// What the vCPU threads and the handles share.
+#[derive(Debug)]
+pub(crate) struct State {
+    pub(crate) system: Arc<SystemMemory>,
+    pub(crate) memory: GuestMemory,
+    pub(crate) windows: Windows,
+    pub(crate) kvm: Option<KvmVm>,
+    pub(crate) khz: u64,
+    pub(crate) started: Instant,
+    /// By vCPU: how often its thread came back from the guest.
+    pub(crate) exits: Vec<AtomicU64>,
+    ends: Mutex<Vec<Option<VcpuEnd>>>,
+    ended: Condvar,
+}
+
+impl State {
+    pub(crate) fn new(system: Arc<SystemMemory>, memory: GuestMemory, kvm: Option<KvmVm>, khz: u64) -> Self {
+        let vcpus = system.plan.vcpus;
+        Self {
+            windows: Windows::new(Arc::clone(&system)),
+            system,
+            memory,
+            kvm,
+            khz,
+            started: Instant::now(),
+            exits: (0..vcpus).map(|_| AtomicU64::new(0)).collect(),
+            ends: Mutex::new(vec![None; vcpus]),
+            ended: Condvar::new(),
+        }
+    }
+
+    fn ends(&self) -> MutexGuard<'_, Vec<Option<VcpuEnd>>> {
+        // A vCPU thread that panicked while it held the lock left nothing half done.
+        self.ends.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Called by a vCPU's thread as its last deed.
+    pub(crate) fn end(&self, vcpu: usize, end: VcpuEnd) {
+        self.ends()[vcpu] = Some(end);
+        self.ended.notify_all();
+    }
+
+    /// Waits until all vCPUs have ended, at most until `deadline`; true if they have.
+    fn wait_ended(&self, deadline: Instant) -> bool {
+        let mut ends = self.ends();
+        while ends.iter().any(Option::is_none) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            (ends, _) = self.ended.wait_timeout(ends, left).unwrap_or_else(PoisonError::into_inner);
+        }
+        true
+    }
+
+    fn running(&self) -> Vec<usize> {
+        self.ends().iter().enumerate().filter(|(_, end)| end.is_none()).map(|(vcpu, _)| vcpu).collect()
+    }
+}
+
+impl Guest {
+    /// Starts a guest.
+    ///
+    /// `initial` tells for every frame of the managed memory (0 is its first) the 64-bit words that it holds at the
+    /// byte offsets [`WORD_OFFSETS`](crate::WORD_OFFSETS); it is called once a frame before anything runs. A page of
+    /// zeros is `[0; 3]`.
+    ///
+    /// # Errors
+    ///
+    /// [`VmError::Spec`] if the specification cannot be run, [`VmError::NoKvm`] without `/dev/kvm`, others if the
+    /// system refuses something. Nothing runs then.
+    pub fn start(spec: GuestSpec, initial: impl FnMut(Gfn) -> [u64; 3]) -> Result<Self, VmError> {
+        let (state, threads, started) = start::start(spec, initial)?;
+        let guest = Self { handle: GuestHandle { state }, threads };
+        // Where a thread is missing, dropping the guest stops the others.
+        started.map(|()| guest)
+    }
+
+    /// A handle that can be kept and sent elsewhere.
+    pub fn handle(&self) -> GuestHandle {
+        self.handle.clone()
+    }
+
+    /// Stops the guest and reports. Returns within [`STOP_GRACE`] + [`KICK_GRACE`] in any case.
+    ///
+    /// A vCPU that waits for a page which nobody provides is kicked out of that access; the report then has
+    /// [`VcpuEnd::Kicked`] with the frame.
+    ///
+    /// # Errors
+    ///
+    /// [`VmError::DidNotStop`] if not even that worked.
+    pub fn stop(self) -> Result<GuestReport, VmError> {
+        self.stop_within(STOP_GRACE)
+    }
+
+    /// Like [`Guest::stop`], with another time until vCPUs are kicked.
+    ///
+    /// # Errors
+    ///
+    /// As [`Guest::stop`].
+    pub fn stop_within(mut self, grace: Duration) -> Result<GuestReport, VmError> {
+        self.end_all(grace)?;
+        Ok(self.report())
+    }
+
+    fn end_all(&mut self, grace: Duration) -> Result<(), VmError> {
+        let state = &self.handle.state;
+        for vcpu in 0..self.threads.len() {
+            state.system.block(vcpu).stop.flag.store(1, SeqCst);
+        }
+        if !state.wait_ended(Instant::now() + grace) {
+            let deadline = Instant::now() + KICK_GRACE;
+            loop {
+                let running = state.running();
+                for &vcpu in &running {
+                    state.system.block(vcpu).stop.kick.store(1, SeqCst);
+                    kick::kick(self.threads[vcpu].as_pthread_t());
+                }
+                if state.wait_ended(Instant::now() + KICK_EVERY) {
+                    break;
+                }
+                if Instant::now() >= deadline {
+                    self.threads.clear();
+                    return Err(VmError::DidNotStop { vcpus: running });
+                }
+            }
+        }
+        for thread in self.threads.drain(..) {
+            // It has reported its end, so this does not wait; a panic is part of that report.
+            let _ = thread.join();
+        }
+        Ok(())
+    }
+
+    fn report(&self) -> GuestReport {
+        let state = &self.handle.state;
+        let elapsed = state.started.elapsed();
+        let vcpu = |(vcpu, end): (usize, &Option<VcpuEnd>)| {
+            let block = state.system.block(vcpu);
+            VcpuReport {
+                counters: Counters::of(block),
+                end: end.clone().expect("all vCPUs have ended"),
+                exits: state.exits[vcpu].load(Relaxed),
+                wrong_pages: WrongPage::read_all(vcpu, block, state.khz),
+                latency: self.handle.latency_of(vcpu..vcpu + 1),
+            }
+        };
+        let vcpus = state.ends().iter().enumerate().map(vcpu).collect();
+        GuestReport { vcpus, elapsed }
+    }
+}
+
+impl core::ops::Deref for Guest {
+    type Target = GuestHandle;
+
+    fn deref(&self) -> &GuestHandle {
+        &self.handle
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        if !self.threads.is_empty() {
+            let _ = self.end_all(STOP_GRACE);
+        }
+    }
+}
+
+impl GuestHandle {
+    /// Number of vCPUs.
+    pub fn vcpus(&self) -> usize {
+        self.state.system.plan.vcpus
+    }
+
+    /// All vCPUs' counters together, now.
+    pub fn counters(&self) -> Counters {
+        (0..self.vcpus()).map(|vcpu| self.vcpu_counters(vcpu)).sum()
+    }
+
+    /// One vCPU's counters, now. Panics if there is no such vCPU.
+    pub fn vcpu_counters(&self, vcpu: usize) -> Counters {
+        Counters::of(self.state.system.block(vcpu))
+    }
+
+    /// The wrong pages that were written down so far, at most 16 of each vCPU.
+    pub fn wrong_pages(&self) -> Vec<WrongPage> {
+        let read = |vcpu| WrongPage::read_all(vcpu, self.state.system.block(vcpu), self.state.khz);
+        (0..self.vcpus()).flat_map(read).collect()
+    }
+
+    /// All vCPUs' latencies so far. For those of an interval take two and [`Latency::since`].
+    pub fn latency(&self) -> Latency {
+        self.latency_of(0..self.vcpus())
+    }
+
+    fn latency_of(&self, vcpus: core::ops::Range<usize>) -> Latency {
+        let mut latency = Latency::new(self.state.khz);
+        for vcpu in vcpus {
+            latency.outside.add_live(self.state.system.histogram(vcpu, false));
+            latency.inside.add_live(self.state.system.histogram(vcpu, true));
+        }
+        latency
+    }
+
+    /// Where invalidation windows are published.
+    pub fn windows(&self) -> Windows {
+        self.state.windows.clone()
+    }
+
+    /// The range that `vcpu` asks to have discarded, until it is acknowledged. `None`: no open request, or no such
+    /// vCPU. Until then the guest reads the range, and expects its old content or zeros.
+    pub fn discard_request(&self, vcpu: usize) -> Option<GfnRange> {
+        if vcpu >= self.vcpus() {
+            return None;
+        }
+        let mailbox = self.state.system.mailbox(vcpu);
+        // Acquire: the guest writes the range before the number.
+        if mailbox.requested.load(Acquire) == mailbox.acknowledged.load(Relaxed) {
+            return None;
+        }
+        GfnRange::from_len(Gfn::new(mailbox.start.load(Relaxed)), mailbox.pages.load(Relaxed))
+    }
+
+    /// Tells `vcpu` that its open request has been fulfilled: from now on it expects zeros there. Does nothing
+    /// without an open request. One thread at a time for each vCPU, the one that carried the request out.
+    pub fn acknowledge_discard(&self, vcpu: usize) {
+        if self.discard_request(vcpu).is_some() {
+            let mailbox = self.state.system.mailbox(vcpu);
+            // Release: the guest that sees the number sees what the discard did.
+            mailbox.acknowledged.store(mailbox.requested.load(Relaxed), Release);
+        }
+    }
+
+    /// A vCPU that ended before its time, if there is one.
+    pub fn failure(&self) -> Option<VcpuFailure> {
+        let ends = self.state.ends();
+        let mut failures = ends.iter().enumerate().filter_map(|(vcpu, end)| Some((vcpu, end.as_ref()?)));
+        failures.find(|(_, end)| !end.is_orderly()).map(|(vcpu, end)| VcpuFailure { vcpu, end: end.clone() })
+    }
+
+    /// Whether no vCPU runs any more.
+    pub fn has_ended(&self) -> bool {
+        self.state.running().is_empty()
+    }
+
+    /// Waits until no vCPU runs any more, at most for `timeout`; true if so. For guests with a limit of accesses.
+    pub fn wait_ended(&self, timeout: Duration) -> bool {
+        self.state.wait_ended(Instant::now() + timeout)
+    }
+
+    /// Starts logging which frames of the managed memory are written. Each vCPU's next write to a frame costs it
+    /// a fault.
+    ///
+    /// # Errors
+    ///
+    /// [`VmError::NeedsKvm`] for a thread guest; [`VmError::Kvm`].
+    pub fn start_dirty_log(&self) -> Result<(), VmError> {
+        self.kvm("log dirty pages")?.start_dirty_log()
+    }
+
+    /// Stops logging; what has not been read is lost.
+    ///
+    /// # Errors
+    ///
+    /// As [`GuestHandle::start_dirty_log`].
+    pub fn stop_dirty_log(&self) -> Result<(), VmError> {
+        self.kvm("log dirty pages")?.stop_dirty_log()
+    }
+
+    /// The frames written since the last call, or since logging started. Clears the log.
+    ///
+    /// # Errors
+    ///
+    /// As [`GuestHandle::start_dirty_log`].
+    pub fn dirty_frames(&self) -> Result<DirtyFrames, VmError> {
+        self.kvm("log dirty pages")?.dirty_frames()
+    }
+
+    fn kvm(&self, what: &'static str) -> Result<&KvmVm, VmError> {
+        self.state.kvm.as_ref().ok_or(VmError::NeedsKvm { what })
+    }
+}
+
+/// The frame that holds the managed memory's byte at `offset`.
+pub(crate) fn frame_at(offset: u64) -> Gfn {
+    Gfn::new(offset >> FRAME_SHIFT)
+}
