@@ -289,6 +289,11 @@ range!(
     HvaRange of Hva
 );
 
+range!(
+    /// Frames of the primary MMU `[start, end)`.
+    PfnRange of Pfn
+);
+
 impl GfnRange {
     /// The one frame `gfn`.
     #[inline]

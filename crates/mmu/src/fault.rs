@@ -33,7 +33,7 @@
 use alloc::sync::Arc;
 use core::fmt;
 
-use crate::addr::{Gfn, GfnRange};
+use crate::addr::{Gfn, GfnRange, Hva, HvaRange};
 use crate::guest_mmu::{GuestMmu, Precheck};
 use crate::host::{
     CachedMmio, FastFault, Fault, FaultInError, FaultKind, Found, Mapped, PageRef, PageUse, Patience,
@@ -43,7 +43,7 @@ use crate::invalidation::Snapshot;
 use crate::mmu_lock::MmuReadGuard;
 use crate::mutation::{self, Mutation};
 use crate::platform::Platform;
-use crate::slots::{Memslot, SlotFlags, SlotSet, SlotState};
+use crate::slots::{Memslot, SlotFlags, SlotSet, SlotState, SpaceId};
 use crate::vcpu::{Requests, VcpuShared};
 
 /// Where on the path a fault was found to be doomed.
@@ -227,6 +227,14 @@ impl<'m, S: SecondaryMmu> Vcpu<'m, S> {
     /// Its number, as [`SecondaryMmu::kick`] gets it.
     pub fn id(&self) -> usize {
         self.shared.id
+    }
+
+    /// The first guest frame, in any address space, that is backed at `hva`; `None` where no memslot is.
+    pub fn gfn_at(&mut self, hva: Hva) -> Option<(SpaceId, Gfn)> {
+        self.section = self.section.wrapping_add(1);
+        let section = self.mmu.enter(&self.shared.reader, self.section);
+        let byte = HvaRange::from_len(hva, 1)?;
+        section.slots().touching(byte).map(|(slot, gfns)| (slot.space, gfns.start)).min()
     }
 
     /// Enters guest mode. `Err`: requests wait and must be served first; the vCPU is outside.

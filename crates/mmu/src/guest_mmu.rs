@@ -172,6 +172,12 @@ impl<S: SecondaryMmu> GuestMmu<S> {
         self.secondary.invalidation_ended();
     }
 
+    /// Whether anyone holds `mmu_lock` or waits for it. For assertions (KVM: `lockdep_assert_held`): the answer may be
+    /// old when it arrives.
+    pub fn is_locked(&self) -> bool {
+        self.lock.is_locked()
+    }
+
     /// Takes `mmu_lock` for write and counts the wait, if there was one.
     pub(crate) fn write_timed(&self) -> MmuWriteGuard<'_, S::Platform> {
         if let Some(guard) = self.lock.try_write() {

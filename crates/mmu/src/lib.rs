@@ -24,7 +24,7 @@ mod sync;
 mod vcpu;
 mod zap;
 
-pub use addr::{FRAME_BYTES, FRAME_SHIFT, Gfn, GfnRange, Gpa, Hva, HvaRange, Level, PageSize, Pfn};
+pub use addr::{FRAME_BYTES, FRAME_SHIFT, Gfn, GfnRange, Gpa, Hva, HvaRange, Level, PageSize, Pfn, PfnRange};
 pub use fault::{Emulate, FaultError, FaultOutcome, Retry, RetryPoint, Vcpu};
 pub use guest_mmu::{GuestMmu, Policy, Precheck, YieldPolicy};
 pub use host::{

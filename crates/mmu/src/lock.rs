@@ -214,7 +214,7 @@ impl<P: Platform> RawMmuLock<P> {
         self.win.load(Ordering::Relaxed) != self.wout.load(Ordering::Relaxed) & COUNT
     }
 
-    fn is_locked_now(&self) -> bool {
+    pub(crate) fn is_locked_now(&self) -> bool {
         self.is_write_locked_now()
             || self.rin.load(Ordering::Relaxed) & COUNT != self.rout.load(Ordering::Relaxed) & COUNT
     }

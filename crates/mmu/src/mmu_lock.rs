@@ -54,6 +54,11 @@ impl<P: Platform> MmuLock<P> {
         &self.invalidations
     }
 
+    /// Whether anyone holds the lock or waits for it. For assertions: the answer may be old when it arrives.
+    pub fn is_locked(&self) -> bool {
+        self.raw.is_locked_now()
+    }
+
     /// Takes the lock for reading: to install translations.
     #[inline]
     pub fn read(&self) -> MmuReadGuard<'_, P> {
