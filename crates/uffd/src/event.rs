@@ -1,20 +1,23 @@
 //! Events: what the kernel tells, in batches.
 //!
 //! One read(2) takes as many 32-byte messages as the caller's buffer holds. Page faults come first, the other events
-//! after them, each kind in its own order: so **a fault can be delivered ahead of an older REMOVE**, and a batch is to
-//! be read as a set: take its REMOVE, UNMAP, REMAP and FORK events in before serving its faults.
+//! after them, each kind in its own order: so **a fault can be delivered ahead of an older REMOVE**, and a batch
+//! is to be read as a set: take its REMOVE, UNMAP, REMAP and FORK events in before serving its faults.
 //!
 //! * A page fault stays with its thread until the thread is woken; the event is delivered once for each time that the
-//!   thread goes to sleep. Several threads on one page are several events, and so is a thread that was woken to no avail.
-//! * REMOVE, UNMAP, REMAP and FORK block the thread that caused them until they are read. From before they can be read until a
-//!   moment after they were, every page operation answers [`Resolved::Changing`](crate::Resolved::Changing).
-//! * REMOVE comes **before** the pages are dropped, and reading it is what lets the dropping go on: after the read, the
-//!   old pages may still be there for a while. UNMAP comes after the fact.
+//!   thread goes to sleep. Several threads on one page are several events, and so is a thread that was woken to no
+//!   avail.
+//! * REMOVE, UNMAP, REMAP and FORK block the thread that caused them until they are read. From before they can be
+//!   read until a moment after they were, every page operation answers
+//!   [`Resolved::Changing`](crate::Resolved::Changing).
+//! * REMOVE comes **before** the pages are dropped, and reading it is what lets the dropping go on: after the
+//!   read, the old pages may still be there for a while. UNMAP comes after the fact.
 //!
-//! * libc's fork(3) holds the allocator's locks while FORK waits to be read. A reader in the same process must not allocate
-//!   between its waking and its read, or both wait for ever: make the buffer beforehand.
+//! * libc's fork(3) holds the allocator's locks while FORK waits to be read. A reader in the same process must not
+//!   allocate between its waking and its read, or both wait for ever: make the buffer beforehand.
 //!
-//! No lock is taken, and several threads may read at once, each into its own buffer; each message goes to one of them.
+//! No lock is taken, and several threads may read at once, each into its own buffer; each message goes to one of
+//! them.
 //!
 //! Source: `fs/userfaultfd.c`, `userfaultfd_ctx_read` and `userfaultfd_remove`; ioctl_userfaultfd(2).
 
@@ -47,8 +50,8 @@ pub enum Event {
         /// Who, with [`Features::THREAD_ID`].
         thread: Option<Tid>,
     },
-    /// The pages of this range are about to be dropped (madvise with `MADV_DONTNEED`, `MADV_FREE` or `MADV_REMOVE`). The range
-    /// stays registered.
+    /// The pages of this range are about to be dropped (madvise with `MADV_DONTNEED`, `MADV_FREE` or
+    /// `MADV_REMOVE`). The range stays registered.
     Remove(HvaRange),
     /// This range is not mapped, and not registered, any more.
     Unmap(HvaRange),

@@ -5,9 +5,10 @@
 //!
 //! # Blocking
 //!
-//! On memory that is registered with [`Features::EVENT_UNMAP`](crate::Features::EVENT_UNMAP), dropping a mapping waits until the
-//! event is read; likewise [`Mapping::zap`] with [`Features::EVENT_REMOVE`](crate::Features::EVENT_REMOVE). The thread
-//! that reads the events must not do either. Closing the userfaultfd first is always safe.
+//! On memory that is registered with [`Features::EVENT_UNMAP`](crate::Features::EVENT_UNMAP), dropping a mapping
+//! waits until the event is read; likewise [`Mapping::zap`] with
+//! [`Features::EVENT_REMOVE`](crate::Features::EVENT_REMOVE). The thread that reads the events must not do either.
+//! Closing the userfaultfd first is always safe.
 
 // UNSAFETY: memory is mapped, unmapped and accessed by address.
 #![expect(unsafe_code)]
@@ -32,8 +33,8 @@ pub struct Mapping {
     page: PageSize,
 }
 
-// SAFETY: a mapping is an address range of the process, bound to no thread; its memory is accessed through raw pointers,
-// for which the user answers, and atomics.
+// SAFETY: a mapping is an address range of the process, bound to no thread; its memory is accessed through raw
+// pointers, for which the user answers, and atomics.
 unsafe impl Send for Mapping {}
 // SAFETY: as above; no method changes the mapping itself.
 unsafe impl Sync for Mapping {}
@@ -50,8 +51,8 @@ pub enum Populate {
 impl Mapping {
     /// Private anonymous memory of `bytes` bytes, all pages absent.
     ///
-    /// With 4 KiB pages, huge pages are kept out of it (`MADV_NOHUGEPAGE`) and no swap is reserved. Larger pages come from
-    /// the hugetlb pool and are reserved here, so that a fault cannot run out of them.
+    /// With 4 KiB pages, huge pages are kept out of it (`MADV_NOHUGEPAGE`) and no swap is reserved. Larger pages
+    /// come from the hugetlb pool and are reserved here, so that a fault cannot run out of them.
     ///
     /// # Errors
     ///
@@ -108,8 +109,9 @@ impl Mapping {
         Self::new(base, length, page).map_err(|errno| mapping_error(what, bytes, page, errno))
     }
 
-    /// [`shared`](Self::shared) without a reservation: with larger pages than 4 KiB, a touch of a page that the file does not
-    /// have raises SIGBUS when the pool is empty. For files whose pages are made by `fallocate` before they are touched.
+    /// [`shared`](Self::shared) without a reservation: with larger pages than 4 KiB, a touch of a page that the
+    /// file does not have raises SIGBUS when the pool is empty. For files whose pages are made by `fallocate`
+    /// before they are touched.
     ///
     /// # Errors
     ///
@@ -163,21 +165,22 @@ impl Mapping {
         self.base.as_ptr().cast()
     }
 
-    /// The aligned 8-byte word at `offset` bytes; `None` outside or misaligned. Touching it may wait for whoever serves
-    /// the faults, and raises SIGBUS on a poisoned page.
+    /// The aligned 8-byte word at `offset` bytes; `None` outside or misaligned. Touching it may wait for whoever
+    /// serves the faults, and raises SIGBUS on a poisoned page.
     #[must_use]
     pub fn word(&self, offset: u64) -> Option<&AtomicU64> {
         let end = offset.checked_add(8)?;
         if end > self.len() || !offset.is_multiple_of(8) {
             return None;
         }
-        // SAFETY: (1) the word lies in the mapping, which lives as long as the reference; (2) it is aligned, since the
-        // mapping is; (3) all accesses in this process are atomic or by raw pointers, for which their users answer.
+        // SAFETY: (1) the word lies in the mapping, which lives as long as the reference; (2) it is aligned, since
+        // the mapping is; (3) all accesses in this process are atomic or by raw pointers, for which their users
+        // answer.
         Some(unsafe { AtomicU64::from_ptr(self.as_ptr().add(offset as usize).cast()) })
     }
 
-    /// Drops the pages of `range` (`MADV_DONTNEED`): anonymous ones are freed and read as zeros, or are MISSING; shared
-    /// ones stay in the page cache and are MINOR.
+    /// Drops the pages of `range` (`MADV_DONTNEED`): anonymous ones are freed and read as zeros, or are MISSING;
+    /// shared ones stay in the page cache and are MINOR.
     ///
     /// # Errors
     ///

@@ -7,8 +7,10 @@
 //! |--------------|------------------|-----------------------------------------------------------------------|
 //! | 0            | the length       | everything was done                                                   |
 //! | `EAGAIN`     | 0 < n < length   | n bytes were done, and woken; what stopped it shows on the next call  |
-//! | `EAGAIN`     | `-EAGAIN`, or 0  | nothing was done: an event is unread (0: kernels before 6.15 returned early and left the field alone) |
+//! | `EAGAIN`     | `-EAGAIN`, or 0  | nothing was done: an event is unread                                  |
 //! | other errno  | `-errno`, or 0   | nothing was done                                                      |
+//!
+//! The field is 0 on an error where the kernel returned before writing it, as older kernels do for an unread event.
 //!
 //! A reader of the field alone takes `-EAGAIN` for 18 exabytes; a reader of the errno alone repeats what is done.
 //! So nobody outside this file sees either. Any other combination is a contradiction, and is reported as one.
@@ -32,13 +34,14 @@ pub enum Resolved {
         /// Less than the length asked for; a multiple of the page size.
         bytes: NonZeroU64,
     },
-    /// Nothing was done (`EAGAIN`): an event ([`Features::EVENTS`](crate::Features::EVENTS)) of this userfaultfd has not
-    /// been read, or has been read a moment ago and its thread has not gone on yet. It holds for the whole descriptor and
-    /// not just for this range. Read events, then try again; never loop in the thread that ought to read.
+    /// Nothing was done (`EAGAIN`): an event ([`Features::EVENTS`](crate::Features::EVENTS)) of this userfaultfd
+    /// has not been read, or has been read a moment ago and its thread has not gone on yet. It holds for the whole
+    /// descriptor and not just for this range. Read events, then try again; never loop in the thread that ought to
+    /// read.
     Changing,
-    /// Nothing was done (`EEXIST`): the first page of the range is there already. The kernel wakes nobody in this case;
-    /// this crate has woken the whole range (unless [`Wake::Later`](crate::Wake::Later)). A waiter elsewhere in it whose
-    /// page is still absent faults again.
+    /// Nothing was done (`EEXIST`): the first page of the range is there already. The kernel wakes nobody in this
+    /// case; this crate has woken the whole range (unless [`Wake::Later`](crate::Wake::Later)). A waiter elsewhere
+    /// in it whose page is still absent faults again.
     Present,
     /// Nothing was done, and trying again will not help.
     Gone(Gone),
@@ -51,8 +54,8 @@ pub enum Resolved {
 pub enum Gone {
     /// The process whose memory it was has ended (`ESRCH`).
     Process,
-    /// The range is not one registered mapping, in a fitting mode, as a whole (`ENOENT`): it was unmapped, mapped over,
-    /// moved or unregistered. For MOVE also: there is a hole in the source.
+    /// The range is not one registered mapping, in a fitting mode, as a whole (`ENOENT`): it was unmapped, mapped
+    /// over, moved or unregistered. For MOVE also: there is a hole in the source.
     ///
     /// The kernel does not check with *which* userfaultfd the range is registered. Where an unmapped address has been
     /// mapped and registered anew by another, a fill succeeds, there: a late fill must be ruled out by whoever
@@ -68,7 +71,8 @@ pub enum Gone {
 pub enum Moved {
     /// As for the other operations.
     Outcome(Resolved),
-    /// Nothing was done (`EBUSY`): the source page is pinned, or shared with another process since a fork. A COPY does it.
+    /// Nothing was done (`EBUSY`): the source page is pinned, or shared with another process since a fork. A COPY
+    /// does it.
     SourceShared,
 }
 

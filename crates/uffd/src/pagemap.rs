@@ -1,12 +1,14 @@
 //! `PAGEMAP_SCAN`: which pages were written, and which are there.
 //!
 //! The ioctl (Linux 6.7) walks a range of a process's page tables and reports regions of pages with equal
-//! categories; on the way it can write-protect what it reports, page by page atomically. With a range that is registered for WP
-//! under the feature WP_ASYNC this is a dirty log without faults in user space: a write clears the protection, a scan
-//! for [`WRITTEN`](PageCategories::WRITTEN) finds it, [`Protect::Matching`] arms it again. No write falls between the two.
+//! categories; on the way it can write-protect what it reports, page by page atomically. With a range that is
+//! registered for WP under the feature WP_ASYNC this is a dirty log without faults in user space: a write clears
+//! the protection, a scan for [`WRITTEN`](PageCategories::WRITTEN) finds it, [`Protect::Matching`] arms it again.
+//! No write falls between the two.
 //!
-//! A scan is a sequence of calls: each fills the caller's buffer and remembers where the kernel stopped (`walk_end`). A
-//! region that meets the end of a buffer comes in two parts. The walk is no snapshot: pages change behind it.
+//! A scan is a sequence of calls: each fills the caller's buffer and remembers where the kernel stopped
+//! (`walk_end`). A region that meets the end of a buffer comes in two parts. The walk is no snapshot: pages change
+//! behind it.
 //!
 //! Source: the kernel's `Documentation/admin-guide/mm/pagemap.rst` and `fs/proc/task_mmu.c`, `pagemap_scan`.
 
@@ -244,8 +246,8 @@ pub struct Scan<'p> {
 }
 
 impl Scan<'_> {
-    /// Fills `buffer` from its start with the next regions, in ascending order, and returns that part of it; empty at the
-    /// end of the range.
+    /// Fills `buffer` from its start with the next regions, in ascending order, and returns that part of it; empty
+    /// at the end of the range.
     ///
     /// # Errors
     ///

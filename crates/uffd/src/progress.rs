@@ -53,8 +53,8 @@ impl Progress {
 }
 
 impl Uffd {
-    /// [`copy`](Self::copy) for each absent page from `start` on; present ones are kept. `page` is the page size of the
-    /// memory.
+    /// [`copy`](Self::copy) for each absent page from `start` on; present ones are kept. `page` is the page size
+    /// of the memory.
     pub fn copy_all(
         &self,
         start: Hva,
@@ -88,8 +88,8 @@ impl Uffd {
     ) -> Progress {
         self.drive(range, page, wake, |rest| {
             let offset = (rest.start - range.start) as usize;
-            // SAFETY: `rest` is the end of `range`, so `offset` stays within the source and what follows is as long as
-            // `rest`; the caller promises that it can be read.
+            // SAFETY: `rest` is the end of `range`, so `offset` stays within the source and what follows is as
+            // long as `rest`; the caller promises that it can be read.
             unsafe { self.copy_once(rest, source.add(offset), protection, wake) }
         })
     }
@@ -129,8 +129,8 @@ impl Uffd {
     }
 }
 
-/// Calls `step` on what is left of `range` until nothing is left or it stops; `present` is called for each page that was
-/// there already.
+/// Calls `step` on what is left of `range` until nothing is left or it stops; `present` is called for each page
+/// that was there already.
 fn drive(
     range: HvaRange,
     page: PageSize,

@@ -17,14 +17,14 @@ use facility::{Kind, PATIENCE, Touch, filled, next_event, next_fault, settled, u
 /// One fork at a time: a child has a share in all memory of the process.
 static FORKS: Mutex<()> = Mutex::new(());
 
-/// Forks in another thread, which waits until the FORK event is read, and gives back the child's number. The child runs
-/// `child` and exits with what it returns.
+/// Forks in another thread, which waits until the FORK event is read, and gives back the child's number. The child
+/// runs `child` and exits with what it returns.
 fn fork(mapping: &Arc<Mapping>, child: fn(&Mapping) -> i32) -> Touch {
     Touch::spawn(mapping, move |mapping| {
-        // Not libc's fork: it holds the allocator's locks until the kernel is done, and the kernel is done when the event
-        // is read, by a test that may be waiting for the allocator.
-        // SAFETY: the child calls nothing but `child`, which touches memory, and _exit: both are safe after a fork of a
-        // process with threads.
+        // Not libc's fork: it holds the allocator's locks until the kernel is done, and the kernel is done when
+        // the event is read, by a test that may be waiting for the allocator.
+        // SAFETY: the child calls nothing but `child`, which touches memory, and _exit: both are safe after a fork
+        // of a process with threads.
         match unsafe { libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) } {
             0 => {
                 let code = child(mapping);

@@ -1,7 +1,7 @@
 //! The interleavings that userfaultfd handlers have got wrong, each held still and looked at.
 //!
-//! What stands still is a thread that waits in the kernel for its event to be read or for its page; that it waits there is
-//! observed, not assumed after a pause.
+//! What stands still is a thread that waits in the kernel for its event to be read or for its page; that it waits
+//! there is observed, not assumed after a pause.
 
 #![expect(unsafe_code, reason = "MOVE gives its source away")]
 
