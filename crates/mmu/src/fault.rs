@@ -16,7 +16,7 @@
 //! | 12 | fault the page in, first without, then with waiting | errors, `Emulate` |
 //! | 13 | **hint** again; the page goes back unused | `Retry(AfterFaultIn)` |
 //! | 14 | witness: `mmu_lock` for read | |
-//! | 15 | **verify**, root still valid | `Retry(UnderLock)` |
+//! | 15 | **verify**, root still valid, not released | `Retry(UnderLock)`, `Released` |
 //! | 16 | map | `Fixed`, `Spurious`, `Retry(LostRace)` |
 //! | 17 | page goes back, used or unused, witness still held; then unlock | |
 //!
@@ -408,6 +408,7 @@ impl<'m, S: SecondaryMmu> Path<'_, 'm, S> {
         M: PrimaryMmu<Page = S::Page>,
     {
         let secondary = self.mmu.secondary();
+        self.still_there::<M>()?;
         if secondary.is_root_stale(cache) {
             self.shared.counters.fault_in_wasted();
             return Ok(retry(RetryPoint::UnderLock, block));
@@ -436,6 +437,17 @@ impl<'m, S: SecondaryMmu> Path<'_, 'm, S> {
         }
     }
 
+    /// Under the witness: a release zaps after it has said so, and what is installed behind its back stays for ever.
+    fn still_there<M>(&self) -> Result<(), FaultError<M::Error, S::Error>>
+    where
+        M: PrimaryMmu<Page = S::Page>,
+    {
+        if self.mmu.is_released() && !mutation::active(Mutation::InstallAfterRelease) {
+            return Err(FaultError::Released(self.fault.gfn));
+        }
+        Ok(())
+    }
+
     /// The page's content is lost. Poison is an install like any other, and checked like any other.
     fn poison<M>(
         &self,
@@ -449,6 +461,7 @@ impl<'m, S: SecondaryMmu> Path<'_, 'm, S> {
     {
         let gfn = self.fault.gfn;
         let witness = self.witness();
+        self.still_there::<M>()?;
         let Ok(fresh) = self.mmu.invalidations().verify(&witness, since, block) else {
             return Ok(retry(RetryPoint::UnderLock, block));
         };

@@ -190,7 +190,9 @@ impl<S: SecondaryMmu> GuestMmu<S> {
         guard
     }
 
-    /// The address space is gone: drops every translation and refuses all further faults.
+    /// The address space is gone: drops every translation and refuses all further faults, those that are under way too.
+    ///
+    /// A fault looks again with `mmu_lock` held: it installs before the zap, which takes the lock, or sees the release.
     pub fn release(&self) {
         self.released.store(1, Ordering::Release);
         let _update = self.updates.write();

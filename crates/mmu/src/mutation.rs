@@ -49,6 +49,8 @@ pub enum Mutation {
     WriterIgnoresReaders,
     /// A leaving lock holder does not wake who parked.
     UnlockWithoutWake,
+    /// A fault that began before the machine was released installs after it.
+    InstallAfterRelease,
     /// The primary MMU discards pages without an invalidation.
     DiscardWithoutInvalidation,
     /// The primary MMU evicts pages without an invalidation.

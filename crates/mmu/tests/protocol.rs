@@ -37,6 +37,7 @@ tests! {
         a_prefetch_is_served_like_a_demand,
         an_install_that_fails_says_why,
         a_released_machine_maps_nothing,
+        a_release_overtakes_a_fault,
     }
     handshake {
         a_request_keeps_a_vcpu_out_of_the_guest,

@@ -272,3 +272,19 @@ pub(crate) fn a_released_machine_maps_nothing() {
     assert!(!guest.caches(3), "and no TLB holds anything");
     assert!(guest.vcpu.leave_guest().is_empty());
 }
+
+/// The fault has its page when the machine is released: it must not install behind the back of the release.
+pub(crate) fn a_release_overtakes_a_fault() {
+    for poisoned in [false, true] {
+        let machine = Machine::new(both());
+        let mut guest = machine.guest();
+        let other = machine.share();
+        if poisoned {
+            machine.frames.answer_with([FaultInError::Poisoned("disk gone")]);
+        }
+        machine.frames.hooks.once(Point::FaultIn, move || other.mmu.release());
+        assert_eq!(guest.fault(3, Access::READ), Err(FaultError::Released(Gfn::new(3))));
+        assert_eq!(machine.entry(3), Entry::Absent, "nobody will ever zap this entry");
+        machine.assert_balanced();
+    }
+}
