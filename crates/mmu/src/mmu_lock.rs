@@ -176,8 +176,17 @@ impl<P: Platform> MmuWriteGuard<'_, P> {
     /// Like [`bump`](Self::bump), with something to do while the lock is not held.
     pub fn bump_with(&mut self, meanwhile: impl FnOnce()) {
         self.lock.raw.unlock_write();
+        // Also when `meanwhile` panics: the guard is dropped next, and gives the lock up.
+        let _again = TakeAgain(&self.lock.raw);
         meanwhile();
-        self.lock.raw.write();
+    }
+}
+
+struct TakeAgain<'l, P: Platform>(&'l RawMmuLock<P>);
+
+impl<P: Platform> Drop for TakeAgain<'_, P> {
+    fn drop(&mut self) {
+        self.0.write();
     }
 }
 

@@ -104,6 +104,7 @@ tests! {
         a_verdict_knows_range_and_sequence,
         a_lock_given_up_before_the_range_refuses_everything,
         guards_give_the_lock_up_on_every_way_out,
+        a_panic_while_the_lock_is_given_up_does_not_unlock_it_twice,
     }
     yielding {
         the_policy_says_whether_to_yield,

@@ -86,3 +86,15 @@ pub(crate) fn guards_give_the_lock_up_on_every_way_out() {
     drop(reader);
     assert!(!lock.is_locked());
 }
+
+pub(crate) fn a_panic_while_the_lock_is_given_up_does_not_unlock_it_twice() {
+    let lock = MmuLock::<Threads>::new();
+    let mut writer = lock.write();
+    let bump = || writer.bump_with(|| panic!("deliberately, without the lock"));
+    catch_unwind(core::panic::AssertUnwindSafe(bump)).expect_err("it panicked");
+    assert!(lock.try_read().is_none(), "the guard holds the lock");
+    drop(writer);
+    // Given up twice, the turn would have passed a writer that never comes.
+    drop(lock.try_write().expect("nobody is in"));
+    drop(lock.read());
+}
