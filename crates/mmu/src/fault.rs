@@ -417,7 +417,7 @@ impl<'m, S: SecondaryMmu> Path<'_, 'm, S> {
             self.shared.counters.fault_in_wasted();
             return Ok(retry(RetryPoint::UnderLock, block));
         };
-        let writable = install.page.page().is_writable();
+        let writable = install.page.page().is_writable() && !slot.flags.contains(SlotFlags::READ_ONLY);
         let mapped = secondary.map(fresh, slot, self.fault, install.page.page(), cache);
         if mutation::active(Mutation::ReleaseAfterUnlock) {
             let Install { page, witness } = install;

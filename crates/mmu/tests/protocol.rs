@@ -77,6 +77,7 @@ tests! {
         a_page_found_doomed_under_the_lock_comes_back_unused,
         a_page_that_lost_its_race_comes_back_unused,
         a_panic_in_map_leaves_nothing_behind,
+        a_page_of_read_only_memory_comes_back_clean,
     }
     precheck {
         a_fault_inside_an_invalidation_is_found_where_the_policy_looks,

@@ -4,7 +4,7 @@ use core::panic::AssertUnwindSafe;
 use core::sync::atomic::Ordering;
 use std::panic::catch_unwind;
 
-use afterimage_mmu::{Access, FaultOutcome, PageUse, RetryPoint};
+use afterimage_mmu::{Access, FaultOutcome, Memslot, PageUse, RetryPoint, SlotFlags};
 
 use crate::support::frames::{LockThen, Release};
 use crate::support::hooks::Point;
@@ -71,4 +71,14 @@ pub(crate) fn a_panic_in_map_leaves_nothing_behind() {
     assert_eq!(machine.entry(3), Entry::Absent);
     guest.read(3, 3);
     machine.assert_balanced();
+}
+
+pub(crate) fn a_page_of_read_only_memory_comes_back_clean() {
+    let machine = Machine::new(both());
+    let slot = Memslot { flags: SlotFlags::READ_ONLY, ..machine.slot(1, 100, 4, 100) };
+    machine.mmu.create_slot(slot).expect("nothing is there");
+    // The host could write the page; the guest cannot, through this slot.
+    assert_eq!(machine.guest().fault(100, Access::READ), Ok(FaultOutcome::Fixed));
+    let clean = Release { used: PageUse::Clean, lock: LockThen::Held };
+    assert_eq!(machine.frames.releases(), [clean]);
 }
