@@ -105,8 +105,7 @@ impl VcpuShared {
         }
         match self.handshake.mode.compare_exchange(IN_GUEST, EXITING, Ordering::Acquire, Ordering::Acquire) {
             Ok(_) => Kick::Needed,
-            Err(EXITING) => Kick::UnderWay,
-            Err(_) => Kick::No,
+            Err(_) => Kick::NotNeeded,
         }
     }
 
@@ -128,9 +127,9 @@ impl VcpuShared {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kick {
-    No,
+    /// The vCPU is outside, or on its way out.
+    NotNeeded,
     Needed,
-    UnderWay,
 }
 
 /// The words of every vCPU of a virtual machine.
@@ -179,17 +178,14 @@ impl<P: Platform> VcpuWords<P> {
     pub fn request_and_wait(&self, requests: Requests, kick: impl Fn(usize)) {
         self.flushes.fetch_add(u64::from(requests.contains(Requests::FLUSH_TLB)), Ordering::Relaxed);
         let words = self.words.read();
-        let mut left = Vec::new();
         for vcpu in words.iter() {
-            let state = vcpu.request(requests);
-            if state == Kick::Needed {
+            if vcpu.request(requests) == Kick::Needed {
                 kick(vcpu.id);
             }
-            if state != Kick::No {
-                left.push(vcpu);
-            }
         }
-        for vcpu in left {
+        // Not a list of those that were kicked: flushes run under `mmu_lock`, where nothing allocates. One that was
+        // outside can be on its way out by now for someone else; that wait is as short.
+        for vcpu in words.iter() {
             vcpu.wait_until_left::<P>();
         }
     }
