@@ -9,7 +9,7 @@ use core::fmt;
 use afterimage_mmu::{HvaRange, PageSize};
 use rustix::io::Errno;
 
-use crate::{Features, HugePages, RegisterModes};
+use crate::{Features, Gone, HugePages, RegisterModes};
 
 /// An ioctl of a userfaultfd that acts on pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -271,6 +271,31 @@ pub enum UffdError {
         range: HvaRange,
         /// The kernel's answer.
         errno: Errno,
+    },
+
+    /// A page that was to be installed has nowhere to go to, or nothing to come from.
+    #[error("{operation} on {range} cannot be done: {}", .gone.what())]
+    Lost {
+        /// The ioctl.
+        operation: Operation,
+        /// The destination.
+        range: HvaRange,
+        /// What there is no more.
+        gone: Gone,
+    },
+
+    /// Memory cannot be split as asked.
+    #[error(
+        "{pages} pages cannot be served through {descriptors} userfaultfds by {workers} workers: at least one of each \
+         is needed, and no more descriptors than pages"
+    )]
+    NoParts {
+        /// Descriptors given.
+        descriptors: usize,
+        /// Pages to serve.
+        pages: u64,
+        /// Workers asked for.
+        workers: usize,
     },
 
     /// A hole could not be punched into a memory file.
