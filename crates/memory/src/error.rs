@@ -6,7 +6,9 @@
 use std::io;
 use std::path::PathBuf;
 
-use afterimage_mmu::Pfn;
+use afterimage_mmu::{Hva, Pfn, PfnRange};
+use afterimage_uffd::UffdError;
+use rustix::io::Errno;
 
 /// Why a source, a store or a memory object did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -127,6 +129,95 @@ pub enum MemoryError {
         frame: Pfn,
         /// How it shows.
         damage: Damage,
+    },
+    /// userfaultfd, a mapping or a memory file failed.
+    #[error(transparent)]
+    Uffd(UffdError),
+    /// A size is not a positive multiple of the page size.
+    #[error("{bytes} bytes is not a positive multiple of the page size of {page} bytes")]
+    Unaligned {
+        /// The size.
+        bytes: u64,
+        /// The size of a page.
+        page: u64,
+    },
+    /// The source is of another size than the memory.
+    #[error("the source has {source_bytes} bytes, but the memory has {bytes} bytes")]
+    SourceLength {
+        /// The source's size.
+        source_bytes: u64,
+        /// The memory's size.
+        bytes: u64,
+    },
+    /// The resident budget makes no sense.
+    #[error(
+        "a resident budget of {budget} bytes for {bytes} bytes of memory, in batches of {batch_pages} pages, cannot work: \
+         the budget must not exceed the memory, and a batch has at least one page"
+    )]
+    BadBudget {
+        /// The budget.
+        budget: u64,
+        /// The memory's size.
+        bytes: u64,
+        /// Pages in a batch.
+        batch_pages: u64,
+    },
+    /// The mapping that is to be the memory has another size.
+    #[error(
+        "the mapping has {mapping_bytes} bytes in pages of {mapping_page} bytes, but the memory has {bytes} bytes in pages of \
+         {page} bytes"
+    )]
+    WrongMapping {
+        /// The mapping's size.
+        mapping_bytes: u64,
+        /// Its page size.
+        mapping_page: u64,
+        /// The memory's size.
+        bytes: u64,
+        /// Its page size.
+        page: u64,
+    },
+    /// A range is not made of whole pages of the object.
+    #[error("the frames {frames} are not whole pages, of {page} frames each, of the frames {all}")]
+    BadRange {
+        /// The range.
+        frames: PfnRange,
+        /// The object's frames.
+        all: PfnRange,
+        /// Frames in a page.
+        page: u64,
+    },
+    /// A fault came from outside the mapping.
+    #[error("address {hva} does not lie in the {bytes} bytes that are mapped at {base}")]
+    NotMapped {
+        /// The address.
+        hva: Hva,
+        /// The mapping's start.
+        base: Hva,
+        /// Its length.
+        bytes: u64,
+    },
+    /// A resident page could not be written.
+    #[error("frame {frame} could not be written to the memory file: {errno}")]
+    Write {
+        /// The first frame of the page.
+        frame: Pfn,
+        /// What the system said.
+        errno: Errno,
+    },
+    /// A resident page could not be read.
+    #[error("frame {frame} could not be read from the memory file: {errno}")]
+    Read {
+        /// The first frame of the page.
+        frame: Pfn,
+        /// What the system said.
+        errno: Errno,
+    },
+    /// A page was lost before.
+    #[error("the content of frame {frame} was lost earlier")]
+    Lost {
+        /// The first frame of the page.
+        frame: Pfn,
     },
 }
 

@@ -8,11 +8,16 @@
 //! A page that cannot be produced is an [`Err`](MemoryError), never zeros: the caller poisons it.
 
 mod error;
+mod object;
 mod pattern;
 mod source;
 mod store;
 
 pub use error::{Damage, MemoryError};
+pub use object::{
+    InvalidationObserver, Kind, KindStats, MemoryObject, MemoryView, Moved, ObjectOptions, ObjectPage, ObjectStats, PageError,
+    State,
+};
 pub use pattern::{Pattern, PatternSource, pattern_word};
 pub use source::{Content, FileSource, Source};
 pub use store::{Scratch, Store, StoreStats};

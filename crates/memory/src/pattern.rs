@@ -164,6 +164,10 @@ impl Source for PatternSource {
         self.gfns.len() << FRAME_SHIFT
     }
 
+    fn may_wait(&self) -> bool {
+        false
+    }
+
     fn read(&self, frame: Pfn, out: &mut [u8]) -> Result<Content, MemoryError> {
         frames_of(frame, out.len(), self.gfns.len())?;
         let first = self.gfns.start + frame.as_u64();

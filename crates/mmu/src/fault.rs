@@ -323,7 +323,7 @@ impl<'m, S: SecondaryMmu> Path<'_, 'm, S> {
             return Err(FaultError::WrongPrivacy { gfn, accessed: fault.privacy });
         }
         let Some(slot) = slot else {
-            return self.no_slot::<M>(slots, cache);
+            return self.no_slot::<M>(slots, since, cache);
         };
         if slot.state == SlotState::Invalid {
             return match fault.kind {
@@ -348,6 +348,11 @@ impl<'m, S: SecondaryMmu> Path<'_, 'm, S> {
             Err(FaultInError::NoMemory) => return Err(FaultError::NoMemory(gfn)),
             Err(FaultInError::Failed(cause)) => return Err(FaultError::NoPage { gfn, cause }),
             Err(FaultInError::Poisoned(cause)) => return self.poison::<M>(slot, since, block, cause),
+        };
+        let since = if mutation::active(Mutation::SnapshotAfterFaultIn) {
+            mmu.invalidations().snapshot()
+        } else {
+            since
         };
         if self.looks_doomed(Precheck::AFTER_FAULT_IN, since, block) {
             self.shared.counters.fault_in_wasted();
@@ -420,9 +425,10 @@ impl<'m, S: SecondaryMmu> Path<'_, 'm, S> {
         let writable = install.page.page().is_writable() && !slot.flags.contains(SlotFlags::READ_ONLY);
         let mapped = secondary.map(fresh, slot, self.fault, install.page.page(), cache);
         if mutation::active(Mutation::ReleaseAfterUnlock) {
-            let Install { page, witness } = install;
+            let Install { mut page, witness } = install;
             drop(witness);
-            install = Install { page, witness: self.witness() };
+            page.give_back(PageUse::Dirty);
+            return Ok(FaultOutcome::Fixed);
         }
         match mapped {
             Ok(mapped @ (Mapped::Fixed | Mapped::Spurious)) => {
@@ -475,13 +481,17 @@ impl<'m, S: SecondaryMmu> Path<'_, 'm, S> {
         }
     }
 
-    fn no_slot<M>(&self, slots: &SlotSet, cache: &mut S::Cache) -> FaultResult<S, M>
+    fn no_slot<M>(&self, slots: &SlotSet, since: Snapshot, cache: &mut S::Cache) -> FaultResult<S, M>
     where
         M: PrimaryMmu<Page = S::Page>,
     {
         let gfn = self.fault.gfn;
         if self.fault.privacy == Privacy::Private {
             return Err(FaultError::WrongPrivacy { gfn, accessed: Privacy::Private });
+        }
+        let frame = GfnRange::frame(gfn);
+        if mutation::active(Mutation::InvertedSlotTest) && self.mmu.hint(since, frame).is_some() {
+            return Ok(retry(RetryPoint::BeforeFaultIn, frame));
         }
         if let Some(generation) = slots.generation() {
             let _witness = self.witness();

@@ -28,6 +28,11 @@ pub trait Source: Send + Sync + fmt::Debug {
     /// Bytes of memory, a multiple of 4096.
     fn len_bytes(&self) -> u64;
 
+    /// Whether reading may wait for a device.
+    fn may_wait(&self) -> bool {
+        true
+    }
+
     /// Reads the page that begins with `frame` and is `out.len()` bytes long, a whole number of frames (4 KiB, 2 MiB).
     ///
     /// # Errors

@@ -1,0 +1,150 @@
+//! The memory itself: a memory file with a view of its own, or a mapping that is the memory.
+
+// UNSAFETY: pages are copied by address, out of and into memory that others map.
+#![expect(unsafe_code)]
+
+use std::sync::Arc;
+
+use afterimage_mmu::{FRAME_BYTES, HvaRange, PageSize, Pfn, PfnRange};
+use afterimage_uffd::{Mapping, memfd, punch_hole};
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
+
+use crate::error::MemoryError;
+use crate::source::Content;
+
+/// What holds resident pages.
+#[derive(Debug)]
+pub(crate) enum Memory {
+    /// A tmpfs file of 4 KiB pages, read and written by system call: no second page table to keep in step.
+    File(OwnedFd),
+    /// A hugetlbfs file, which cannot be written by system call: a mapping of it that no guest uses.
+    HugeFile { file: OwnedFd, window: Mapping },
+    /// Anonymous memory: the guest's mapping is the memory.
+    Mapping(Arc<Mapping>),
+}
+
+/// Why a page could not be written.
+pub(crate) enum WriteError {
+    /// No memory, or no huge page, just now.
+    NoMemory,
+    /// Anything else.
+    Failed(Errno),
+}
+
+impl From<Errno> for WriteError {
+    fn from(errno: Errno) -> Self {
+        match errno {
+            Errno::NOMEM | Errno::NOSPC => Self::NoMemory,
+            other => Self::Failed(other),
+        }
+    }
+}
+
+impl Memory {
+    /// A memory file of `bytes` bytes, all holes.
+    pub(crate) fn file(bytes: u64, page: PageSize) -> Result<Self, MemoryError> {
+        let file = memfd("afterimage-guest", bytes, page).map_err(MemoryError::Uffd)?;
+        if page == PageSize::Size4K {
+            return Ok(Self::File(file));
+        }
+        let window = Mapping::shared_unreserved(&file, 0, bytes, page).map_err(MemoryError::Uffd)?;
+        Ok(Self::HugeFile { file, window })
+    }
+
+    /// The memory file, if there is one.
+    pub(crate) fn as_file(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Self::File(file) | Self::HugeFile { file, .. } => Some(file.as_fd()),
+            Self::Mapping(_) => None,
+        }
+    }
+
+    /// Gives the absent page at `page` its content: `bytes`, or zeros. Not for anonymous memory, which the mapping's
+    /// secondary MMU fills.
+    pub(crate) fn write(&self, page: PfnRange, content: Content, bytes: &mut [u8]) -> Result<(), WriteError> {
+        let offset = page.start.as_u64() * FRAME_BYTES;
+        match self {
+            Self::File(file) => {
+                if content == Content::Zeros {
+                    bytes.fill(0);
+                }
+                let mut done = 0;
+                while done < bytes.len() {
+                    match rustix::io::pwrite(file, &bytes[done..], offset + done as u64) {
+                        Ok(0) => return Err(WriteError::NoMemory),
+                        Ok(written) => done += written,
+                        Err(Errno::INTR) => {}
+                        Err(errno) => return Err(errno.into()),
+                    }
+                }
+                Ok(())
+            }
+            Self::HugeFile { file, window } => {
+                // An error here where a touch without a free huge page would be SIGBUS. The new page is zeros.
+                rustix::fs::fallocate(file, FallocateFlags::empty(), offset, bytes.len() as u64)?;
+                if content == Content::Bytes {
+                    let to = window_at(window, page);
+                    // SAFETY: (1) the page lies in the window and is allocated; (2) nobody else uses it: it is
+                    // locked, and mapped nowhere else before the engine installs it; (3) the buffer is private.
+                    unsafe { core::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
+                }
+                Ok(())
+            }
+            Self::Mapping(_) => Ok(()),
+        }
+    }
+
+    /// Copies the resident page at `page`, which no guest can write meanwhile, to `bytes`.
+    pub(crate) fn read(&self, page: PfnRange, bytes: &mut [u8]) -> Result<(), Errno> {
+        let offset = page.start.as_u64() * FRAME_BYTES;
+        match self {
+            Self::File(file) => {
+                let mut done = 0;
+                while done < bytes.len() {
+                    match rustix::io::pread(file, &mut bytes[done..], offset + done as u64) {
+                        Ok(0) => return Err(Errno::IO),
+                        Ok(read) => done += read,
+                        Err(Errno::INTR) => {}
+                        Err(errno) => return Err(errno),
+                    }
+                }
+            }
+            Self::HugeFile { window: mapping, .. } => copy_out(mapping, page, bytes),
+            Self::Mapping(mapping) => copy_out(mapping, page, bytes),
+        }
+        Ok(())
+    }
+
+    /// Frees the pages.
+    pub(crate) fn free(&self, pages: PfnRange) -> Result<(), MemoryError> {
+        let done = match self {
+            Self::File(file) | Self::HugeFile { file, .. } => {
+                punch_hole(file, pages.start.as_u64() * FRAME_BYTES, pages.len() * FRAME_BYTES)
+            }
+            Self::Mapping(mapping) => mapping.zap(mapped_at(mapping, pages)),
+        };
+        done.map_err(MemoryError::Uffd)
+    }
+}
+
+fn copy_out(mapping: &Mapping, page: PfnRange, bytes: &mut [u8]) {
+    let from = window_at(mapping, page);
+    // SAFETY: (1) the page lies in the mapping and is present: it is resident and locked; (2) it is read as raw memory,
+    // and an invalidation keeps guests from writing it; (3) the buffer is private and as long as the page.
+    unsafe { core::ptr::copy_nonoverlapping(from.cast_const(), bytes.as_mut_ptr(), bytes.len()) };
+}
+
+fn window_at(mapping: &Mapping, page: PfnRange) -> *mut u8 {
+    let offset = (page.start - Pfn::new(0)) * FRAME_BYTES;
+    assert!(offset + page.len() * FRAME_BYTES <= mapping.len(), "a page of the object lies in its mapping");
+    // SAFETY: the offset lies in the mapping, as was just checked.
+    unsafe { mapping.as_ptr().add(offset as usize) }
+}
+
+/// The addresses of `pages` in a mapping of the whole object.
+pub(crate) fn mapped_at(mapping: &Mapping, pages: PfnRange) -> HvaRange {
+    let base = mapping.range().start;
+    HvaRange::new(base + pages.start.as_u64() * FRAME_BYTES, base + pages.end.as_u64() * FRAME_BYTES)
+}

@@ -1,0 +1,278 @@
+//! Faulting a page in: from the source, the store or nothing to a resident page.
+//!
+//! In a memory file the page is filled here, under its lock, and stays resident whatever becomes of the fault. In
+//! anonymous memory there is no place for a page that is not mapped: its bytes are handed to the engine, and the page
+//! becomes resident when the engine gives the reference back as used, with the witness still held.
+
+use core::fmt;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, PoisonError};
+
+use afterimage_mmu::{
+    FRAME_BYTES, Fault, FaultInError, Found, Hva, Memslot, PageRef, PageUse, Patience, Pfn, PfnRange, PrimaryMmu,
+    Snapshot,
+    mutation::{self, Mutation},
+};
+use afterimage_uffd::{Place, VmaPage};
+
+use super::backing::{Memory, WriteError};
+use super::buffer::Buffer;
+use super::pages::PageLock;
+use super::{MemoryObject, State};
+use crate::error::MemoryError;
+use crate::source::Content;
+
+/// Why a page is lost. Shared, since every fault on the page gets it.
+#[derive(Clone)]
+pub struct PageError(Arc<MemoryError>);
+
+impl PageError {
+    /// The cause.
+    pub fn cause(&self) -> &Arc<MemoryError> {
+        &self.0
+    }
+}
+
+impl fmt::Debug for PageError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.0, f)
+    }
+}
+
+impl fmt::Display for PageError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.0, f)
+    }
+}
+
+/// A memory object as one mapping shows it: the primary MMU of the secondary MMU over that mapping.
+#[derive(Clone, Debug)]
+pub struct MemoryView {
+    object: Arc<MemoryObject>,
+    base: Hva,
+}
+
+impl MemoryView {
+    pub(super) fn new(object: Arc<MemoryObject>, base: Hva) -> Self {
+        Self { object, base }
+    }
+
+    /// The object.
+    pub fn object(&self) -> &Arc<MemoryObject> {
+        &self.object
+    }
+
+    /// The frame of the object that the mapping shows at `hva`; `None` outside.
+    pub fn frame_at(&self, hva: Hva) -> Option<Pfn> {
+        let frame = Pfn::new(hva.checked_sub(self.base)? / FRAME_BYTES);
+        self.object.frames().contains(frame).then_some(frame)
+    }
+}
+
+/// A reference to a page that was faulted in.
+#[derive(Debug)]
+pub struct ObjectPage {
+    page: PfnRange,
+    held: Held,
+}
+
+#[derive(Debug)]
+enum Held {
+    /// In the memory file.
+    Cached,
+    /// Mapped already, in anonymous memory.
+    Mapped,
+    /// On its way to anonymous memory.
+    Bytes(Box<Arriving>),
+}
+
+#[derive(Debug)]
+struct Arriving {
+    object: Arc<MemoryObject>,
+    from: State,
+    bytes: Buffer,
+    /// Whether the page's place in the budget is still this fault's.
+    reserved: bool,
+}
+
+impl Drop for Arriving {
+    fn drop(&mut self) {
+        if self.reserved {
+            self.object.unreserve(1);
+        }
+    }
+}
+
+impl PageRef for ObjectPage {
+    fn pfn(&self) -> Pfn {
+        self.page.start
+    }
+
+    fn is_writable(&self) -> bool {
+        true
+    }
+
+    fn release(self, used: PageUse) {
+        if let (Held::Bytes(mut arriving), PageUse::Clean | PageUse::Dirty) = (self.held, used) {
+            let kept = arriving.object.arrived(self.page, arriving.from);
+            arriving.reserved &= !kept;
+        }
+    }
+}
+
+impl VmaPage for ObjectPage {
+    fn place(&self) -> Place<'_> {
+        match &self.held {
+            Held::Cached => Place::Cached,
+            Held::Mapped => Place::Mapped,
+            Held::Bytes(arriving) => Place::Bytes(arriving.bytes.page()),
+        }
+    }
+}
+
+impl PrimaryMmu for MemoryView {
+    type Page = ObjectPage;
+    type Error = PageError;
+
+    fn fault_in(
+        &self,
+        slot: &Memslot,
+        fault: &Fault,
+        _since: &Snapshot,
+        patience: Patience,
+    ) -> Result<ObjectPage, FaultInError<PageError>> {
+        let hva = slot.hva_of(fault.gfn);
+        let Some(frame) = self.frame_at(hva) else {
+            let outside = MemoryError::NotMapped { hva, base: self.base, bytes: self.object.bytes() };
+            return Err(FaultInError::Failed(PageError(Arc::new(outside))));
+        };
+        self.object.fault_in(frame, fault.found, patience)
+    }
+}
+
+impl MemoryObject {
+    fn fault_in(
+        self: &Arc<Self>,
+        frame: Pfn,
+        found: Found,
+        patience: Patience,
+    ) -> Result<ObjectPage, FaultInError<PageError>> {
+        let index = self.index(frame);
+        let page = self.page_at(index);
+        let word = &self.pages[index];
+        let anonymous = matches!(self.memory, Memory::Mapping(_));
+        let resident = if anonymous { Held::Mapped } else { Held::Cached };
+        if word.touch_resident() || found == Found::Present {
+            return Ok(ObjectPage { page, held: resident });
+        }
+        if patience == Patience::NoWait && self.may_wait(word.peek()) {
+            return Err(FaultInError::WouldWait);
+        }
+        // Before the page is locked: making room locks others.
+        let reserved = self.reserve().map_err(|cause| FaultInError::Failed(PageError(Arc::new(cause))))?;
+        let lock = match patience {
+            Patience::NoWait => word.try_lock().ok_or(FaultInError::WouldWait)?,
+            Patience::Interruptible => word.lock(),
+        };
+        let from = lock.state();
+        match from {
+            State::Resident => {
+                drop(lock);
+                word.touch_resident();
+                return Ok(ObjectPage { page, held: resident });
+            }
+            State::Poisoned => return Err(FaultInError::Poisoned(self.cause_of(page))),
+            State::Source | State::Stored | State::Zero => {}
+        }
+        let mut buffer = Buffer::take(self.page_size.bytes());
+        let content = match self.produce(page, from, &mut buffer) {
+            Ok(content) => content,
+            Err(error) => return Err(FaultInError::Poisoned(self.lose(page, &lock, error))),
+        };
+        let (bytes, _) = buffer.parts();
+        if anonymous {
+            if content == Content::Zeros {
+                bytes.fill(0);
+            }
+            let object = Arc::clone(self);
+            reserved.keep();
+            let arriving = Box::new(Arriving { object, from, bytes: buffer, reserved: true });
+            return Ok(ObjectPage { page, held: Held::Bytes(arriving) });
+        }
+        match self.memory.write(page, content, bytes) {
+            Ok(()) => {}
+            Err(WriteError::NoMemory) => return Err(FaultInError::NoMemory),
+            Err(WriteError::Failed(errno)) => {
+                let error = MemoryError::Write { frame: page.start, errno };
+                return Err(FaultInError::Poisoned(self.lose(page, &lock, error)));
+            }
+        }
+        self.became_resident(page, from, &lock);
+        reserved.keep();
+        Ok(ObjectPage { page, held: resident })
+    }
+
+    /// Whether a page in this state may need I/O.
+    fn may_wait(&self, state: State) -> bool {
+        state == State::Source && self.source.as_ref().is_some_and(|source| source.may_wait())
+    }
+
+    /// The content of a page that is not resident. The page is locked.
+    pub(super) fn produce(&self, page: PfnRange, from: State, buffer: &mut Buffer) -> Result<Content, MemoryError> {
+        let (bytes, scratch) = buffer.parts();
+        match from {
+            State::Stored => self.store.get(page.start, bytes, scratch),
+            State::Source => {
+                let source = self.source.as_ref().expect("without a source no page is in that state");
+                source.read(page.start, bytes)
+            }
+            State::Zero if mutation::active(Mutation::DiscardKeepsBytes) => match &self.source {
+                Some(source) => source.read(page.start, bytes),
+                None => Ok(Content::Zeros),
+            },
+            State::Zero | State::Resident | State::Poisoned => Ok(Content::Zeros),
+        }
+    }
+
+    /// A page was mapped into anonymous memory. No invalidation covers it: the engine holds the witness. Returns whether
+    /// this fault brought it.
+    fn arrived(&self, page: PfnRange, from: State) -> bool {
+        let lock = self.pages[self.index(page.start)].lock();
+        // Another worker may have brought the same page; then this one's install found it present.
+        let mine = lock.state() == from;
+        if mine {
+            self.became_resident(page, from, &lock);
+        }
+        mine
+    }
+
+    fn became_resident(&self, page: PfnRange, from: State, lock: &PageLock<'_>) {
+        let counter = match from {
+            State::Stored => {
+                // The store's copy is old from the guest's first write on.
+                self.store.remove(page.start, page.len()).expect("the page lies in the store");
+                &self.counters.from_store
+            }
+            State::Source => &self.counters.from_source,
+            State::Zero | State::Resident | State::Poisoned => &self.counters.from_zero,
+        };
+        counter.fetch_add(page.len(), Relaxed);
+        lock.set(State::Resident);
+    }
+
+    fn lose(&self, page: PfnRange, lock: &PageLock<'_>, error: MemoryError) -> PageError {
+        let cause = Arc::new(error);
+        self.lost
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(page.start.as_u64(), Arc::clone(&cause));
+        self.counters.poisoned.fetch_add(1, Relaxed);
+        lock.set(State::Poisoned);
+        PageError(cause)
+    }
+
+    fn cause_of(&self, page: PfnRange) -> PageError {
+        let cause = self.poison_cause(page.start);
+        PageError(cause.unwrap_or_else(|| Arc::new(MemoryError::Lost { frame: page.start })))
+    }
+}

@@ -1,0 +1,142 @@
+//! The resident budget, and the clock that decides who goes.
+//!
+//! # Second chance
+//!
+//! The hardware's mark of an access is not to be had through userfaultfd. So the clock hand takes a resident page's mark
+//! away, and its translation with it ("zap the mapping, keep the page"): if the guest comes back, the fault finds the page
+//! resident, costs no copy, and marks it again. When the hand comes round and finds no mark, the page goes. In anonymous
+//! memory a page cannot lose its translation and stay; there the hand is first in, first out.
+//!
+//! # Who makes room
+//!
+//! [`MemoryObject::reclaim`] evicts one batch; a thread of the owner's calls it while [`MemoryObject::is_over_budget`]. A fault that
+//! finds the budget and one batch more used up calls it itself, so the bound holds without that thread too.
+
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Mutex, PoisonError};
+
+use afterimage_mmu::{Age, PfnRange};
+
+use super::pages::Clock;
+use super::{MemoryObject, Moved, ObjectOptions};
+use crate::error::MemoryError;
+use crate::object::moves::Victims;
+
+#[derive(Debug)]
+pub(crate) struct Budget {
+    /// Pages that may be resident.
+    pages: u64,
+    batch: u64,
+    /// Where the clock hand is, a page's index.
+    hand: Mutex<usize>,
+}
+
+impl Budget {
+    pub(super) fn new(options: &ObjectOptions) -> Self {
+        let pages = options.resident_bytes.unwrap_or(options.bytes) / options.page_size.bytes();
+        Self { pages, batch: options.batch_pages.min(pages), hand: Mutex::new(0) }
+    }
+}
+
+/// One page's place in the budget; given back unless kept.
+#[derive(Debug)]
+pub(super) struct Reserved<'o> {
+    object: &'o MemoryObject,
+}
+
+impl Reserved<'_> {
+    /// The page exists: its place is given back when it is freed.
+    pub(super) fn keep(self) {
+        core::mem::forget(self);
+    }
+}
+
+impl Drop for Reserved<'_> {
+    fn drop(&mut self) {
+        self.object.unreserve(1);
+    }
+}
+
+impl MemoryObject {
+    /// Whether pages should go: the budget is used up but for half a batch.
+    pub fn is_over_budget(&self) -> bool {
+        self.resident.load(Relaxed) + self.budget.batch.div_ceil(2) > self.budget.pages
+    }
+
+    /// Takes a place in the budget, making room if there is none. The caller holds no page.
+    pub(super) fn reserve(&self) -> Result<Reserved<'_>, MemoryError> {
+        let most = self.budget.pages + self.budget.batch;
+        loop {
+            let taken = self.resident.fetch_update(Relaxed, Relaxed, |now| (now < most).then_some(now + 1));
+            if let Ok(before) = taken {
+                self.peak.fetch_max(before + 1, Relaxed);
+                return Ok(Reserved { object: self });
+            }
+            self.counters.direct_reclaims.fetch_add(1, Relaxed);
+            if self.reclaim()?.frames == 0 {
+                // All are locked, by faults that are about to finish.
+                rustix::thread::sched_yield();
+            }
+        }
+    }
+
+    pub(super) fn unreserve(&self, pages: u64) {
+        self.resident.fetch_sub(pages, Relaxed);
+    }
+
+    /// Evicts about one batch of pages that the guest has not come back for. Nothing, if every page is on its way.
+    ///
+    /// # Errors
+    /// As for [`evict`](Self::evict).
+    pub fn reclaim(&self) -> Result<Moved, MemoryError> {
+        let mut hand = self.budget.hand.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = self.pages.len();
+        let mut scanned = 0;
+        while scanned < 2 * count {
+            let window = *hand..count.min(*hand + self.budget.batch as usize);
+            *hand = window.end % count;
+            scanned += window.len();
+            let found = self.pass(window);
+            if let Some(spared) = found.spared {
+                self.forget_accesses(spared);
+            }
+            if let Some(victims) = found.victims {
+                let moved = self.evict_some(victims, Victims::Unreferenced)?;
+                if moved.frames > 0 {
+                    return Ok(moved);
+                }
+            }
+        }
+        Ok(Moved::default())
+    }
+
+    /// The clock hand passes over `window`.
+    fn pass(&self, window: core::ops::Range<usize>) -> Found {
+        let mut found = Found { spared: None, victims: None };
+        for index in window {
+            let hull = match self.pages[index].pass() {
+                Clock::Skip => continue,
+                Clock::Spared => &mut found.spared,
+                Clock::Victim => &mut found.victims,
+            };
+            let page = self.page_at(index);
+            *hull = Some(hull.map_or(page, |known: PfnRange| known.hull(page)));
+        }
+        found
+    }
+
+    /// The pages' marks are gone already. A guest that comes back from here on faults, and marks its page again.
+    fn forget_accesses(&self, frames: PfnRange) {
+        let attachments = self.attachments.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        for attachment in attachments.iter() {
+            // Whether it was young is known only when it comes back.
+            let _ = attachment.notifier.age(attachment.hvas(frames), Age::Clear);
+        }
+    }
+}
+
+/// What the clock hand found in its window: hulls of pages.
+struct Found {
+    spared: Option<PfnRange>,
+    victims: Option<PfnRange>,
+}
