@@ -2,7 +2,7 @@
 
 use afterimage_mmu::Gfn;
 
-/// The frames that a guest has written since the log was last read.
+/// The frames that a guest has written since the log was last read, and maybe some that it has only read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DirtyFrames {
     words: Vec<u64>,
@@ -13,23 +13,23 @@ impl DirtyFrames {
         Self { words }
     }
 
-    /// Whether `gfn` was written.
+    /// Whether `gfn` is in the log.
     pub fn contains(&self, gfn: Gfn) -> bool {
         let (word, bit) = (gfn.as_u64() / 64, gfn.as_u64() % 64);
         self.words.get(word as usize).is_some_and(|word| word >> bit & 1 == 1)
     }
 
-    /// Number of frames written.
+    /// Number of frames in the log.
     pub fn len(&self) -> u64 {
         self.words.iter().map(|word| u64::from(word.count_ones())).sum()
     }
 
-    /// Whether no frame was written.
+    /// Whether the log is empty.
     pub fn is_empty(&self) -> bool {
         self.words.iter().all(|&word| word == 0)
     }
 
-    /// The frames written, in order.
+    /// The frames, in order.
     pub fn iter(&self) -> impl Iterator<Item = Gfn> {
         self.words.iter().enumerate().flat_map(|(index, &word)| {
             (0..64).filter(move |bit| word >> bit & 1 == 1).map(move |bit| Gfn::new(index as u64 * 64 + bit))

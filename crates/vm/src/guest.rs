@@ -225,6 +225,11 @@ impl GuestHandle {
         Counters::of(self.state.system.block(vcpu))
     }
 
+    /// The frame that `vcpu` is accessing, or has accessed last. Panics if there is no such vCPU.
+    pub fn current_gfn(&self, vcpu: usize) -> Gfn {
+        Gfn::new(self.state.system.block(vcpu).progress.at.load(Relaxed))
+    }
+
     /// The wrong pages that were written down so far, at most 16 of each vCPU.
     pub fn wrong_pages(&self) -> Vec<WrongPage> {
         let read = |vcpu| WrongPage::read_all(vcpu, self.state.system.block(vcpu), self.state.khz);
@@ -291,8 +296,10 @@ impl GuestHandle {
         self.state.wait_ended(Instant::now() + timeout)
     }
 
-    /// Starts logging which frames of the managed memory are written. Each vCPU's next write to a frame costs it
-    /// a fault.
+    /// Starts logging which frames of the managed memory are written. The next write to each frame costs a fault.
+    ///
+    /// KVM waits here for every vCPU that is inside a page fault: one that waits for userfaultfd has to be served by
+    /// another thread, or this never returns.
     ///
     /// # Errors
     ///
@@ -301,7 +308,7 @@ impl GuestHandle {
         self.kvm("log dirty pages")?.start_dirty_log()
     }
 
-    /// Stops logging; what has not been read is lost.
+    /// Stops logging; what has not been read is lost. Waits like [`GuestHandle::start_dirty_log`].
     ///
     /// # Errors
     ///
@@ -311,6 +318,8 @@ impl GuestHandle {
     }
 
     /// The frames written since the last call, or since logging started. Clears the log.
+    ///
+    /// None is missing; but KVM also logs frames that were only read, where it has mapped them writable for that.
     ///
     /// # Errors
     ///

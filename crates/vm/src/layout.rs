@@ -138,6 +138,8 @@ pub(crate) struct Progress {
     pub(crate) wrong: AtomicU64,
     pub(crate) discards: AtomicU64,
     pub(crate) cross: AtomicU64,
+    /// The frame of the access that is under way, or of the last one.
+    pub(crate) at: AtomicU64,
     /// How the program ended, see [`Ended`].
     pub(crate) ended: AtomicU64,
 }

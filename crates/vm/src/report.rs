@@ -164,12 +164,13 @@ pub enum VcpuEnd {
         /// The frame that it waited for.
         gfn: Gfn,
     },
-    /// It touched a poisoned page.
+    /// It touched a poisoned page. On a kernel without memory failure handling a thread guest ends in
+    /// [`VcpuEnd::Unresolved`] instead, since its SIGBUS does not tell.
     Poisoned {
         /// The poisoned frame.
         gfn: Gfn,
     },
-    /// The host would not provide a page: the access ended in `EFAULT` or SIGBUS.
+    /// The host would not provide a page (no memory behind it, or poisoned): the access ended in `EFAULT` or SIGBUS.
     Unresolved {
         /// The frame that it touched.
         gfn: Gfn,

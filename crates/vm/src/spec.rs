@@ -129,6 +129,15 @@ pub struct Discards {
     pub share: f64,
 }
 
+/// Whether a KVM guest starts with its dirty log on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DirtyLog {
+    /// Not before [`GuestHandle::start_dirty_log`](crate::GuestHandle::start_dirty_log).
+    Off,
+    /// From the first access on. A thread guest cannot.
+    On,
+}
+
 /// A guest to start.
 #[derive(Clone, Copy, Debug)]
 pub struct GuestSpec {
@@ -156,6 +165,8 @@ pub struct GuestSpec {
     /// Whether the first word of every page that was never written carries the frame number in its low 32 bits
     /// (or is 0), so that such a read can be checked.
     pub tag_check: bool,
+    /// Whether writes are logged from the start.
+    pub dirty_log: DirtyLog,
     /// Each vCPU ends by itself after so many accesses.
     pub max_accesses: Option<u64>,
 }
@@ -176,6 +187,7 @@ impl GuestSpec {
             discards: Discards { every: 0, share: 0.25 },
             cross_every: 0,
             tag_check: false,
+            dirty_log: DirtyLog::Off,
             max_accesses: None,
         }
     }
@@ -209,6 +221,9 @@ impl GuestSpec {
                 self.memory.frames(),
                 self.vcpus
             ));
+        }
+        if self.kind == GuestKind::Thread && self.dirty_log == DirtyLog::On {
+            return Err(VmError::NeedsKvm { what: "log dirty pages" });
         }
         for share in self.shares() {
             if !(0.0..=1.0).contains(&share) {

@@ -50,7 +50,7 @@ pub(crate) fn start(spec: GuestSpec, initial: impl FnMut(Gfn) -> [u64; 3]) -> Re
         Host::Kvm => {
             system.write(system.plan.tables, &tables::build(managed_bytes));
             system.write(system.plan.code, &program.code);
-            let (vm, vcpus) = KvmVm::new(&system, spec.memory)?;
+            let (vm, vcpus) = KvmVm::new(&system, spec.memory, spec.dirty_log)?;
             let khz = vcpus[0].tsc_khz().unwrap_or_else(tsc::khz);
             let state = Arc::new(State::new(system, spec.memory, Some(vm), khz));
             Ok(spawn(state, vcpus.into_iter().map(Vcpu::Kvm)))

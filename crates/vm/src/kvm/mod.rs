@@ -13,7 +13,7 @@ pub(crate) use vcpu::{KvmVcpu, Left};
 
 use crate::dirty::DirtyFrames;
 use crate::error::VmError;
-use crate::spec::GuestMemory;
+use crate::spec::{DirtyLog, GuestMemory};
 use crate::system::{MANAGED_GPA, SYSTEM_GPA, SystemMemory};
 
 const SYSTEM_SLOT: u32 = 0;
@@ -28,13 +28,20 @@ pub(crate) struct KvmVm {
 
 impl KvmVm {
     /// Creates the VM and its two memslots, and `vcpus` vCPUs that are ready to run the program.
-    pub(crate) fn new(system: &SystemMemory, memory: GuestMemory) -> Result<(Self, Vec<KvmVcpu>), VmError> {
+    pub(crate) fn new(
+        system: &SystemMemory,
+        memory: GuestMemory,
+        dirty_log: DirtyLog,
+    ) -> Result<(Self, Vec<KvmVcpu>), VmError> {
         let kvm = Kvm::new()
             .map_err(|error| VmError::NoKvm { source: io::Error::from_raw_os_error(error.errno()) })?;
         let fd = kvm.create_vm().map_err(VmError::kvm("create a VM"))?;
         let vm = Self { fd, memory };
         vm.set_slot(SYSTEM_SLOT, SYSTEM_GPA, system.address(0), system.plan.bytes as u64, 0)?;
-        vm.set_managed(0)?;
+        match dirty_log {
+            DirtyLog::Off => vm.stop_dirty_log()?,
+            DirtyLog::On => vm.start_dirty_log()?,
+        }
         let cpuid = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(VmError::kvm("tell which CPUID it supports"))?;
@@ -66,12 +73,12 @@ impl KvmVm {
         unsafe { self.fd.set_user_memory_region(region) }.map_err(VmError::kvm("set a memslot"))
     }
 
-    /// Starts logging writes to the managed memory.
+    /// Places the managed memory's slot, with logging.
     pub(crate) fn start_dirty_log(&self) -> Result<(), VmError> {
         self.set_managed(KVM_MEM_LOG_DIRTY_PAGES)
     }
 
-    /// Stops logging.
+    /// Places it without.
     pub(crate) fn stop_dirty_log(&self) -> Result<(), VmError> {
         self.set_managed(0)
     }

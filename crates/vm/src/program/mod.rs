@@ -35,8 +35,8 @@ mod pick;
 
 use iced_x86::BlockEncoderOptions;
 use iced_x86::code_asm::{
-    AsmMemoryOperand, AsmRegister64, CodeAssembler, CodeLabel, IcedError, al, dword_ptr, dx, eax, edx,
-    qword_ptr, r12, r13, r14, r15, rax, rbp, rbx, rdi, rdx, rsp,
+    AsmMemoryOperand, AsmRegister64, CodeAssembler, CodeLabel, IcedError, al, byte_ptr, dword_ptr, dx, eax,
+    edx, qword_ptr, r12, r13, r14, r15, rax, rbp, rbx, rdi, rdx, rsp,
 };
 
 use crate::layout::{Ended, VcpuBlock};
@@ -223,7 +223,8 @@ impl Emitter {
         a.add(rbx, r15)?;
         a.mov(rbp, r12)?;
         a.shl(rbp, 4)?;
-        a.add(rbp, r14)
+        a.add(rbp, r14)?;
+        a.prefetcht0(byte_ptr(rbp))
     }
 }
 
