@@ -50,7 +50,7 @@ pub enum VmError {
     /// the managed memory: it must stay mapped.
     #[error("vCPU {vcpus:?} did not stop, not even when kicked")]
     DidNotStop {
-        /// The numbers of the vCPUs, and the frame that each is at if it can be told.
+        /// Their numbers.
         vcpus: Vec<usize>,
     },
 }

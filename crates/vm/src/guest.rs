@@ -2,7 +2,6 @@
 
 use core::sync::atomic::AtomicU64;
 use core::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
-use std::os::unix::thread::JoinHandleExt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -11,10 +10,10 @@ use afterimage_mmu::{FRAME_SHIFT, Gfn, GfnRange};
 
 use crate::dirty::DirtyFrames;
 use crate::error::VmError;
-use crate::kick;
 use crate::kvm::KvmVm;
 use crate::latency::Latency;
 use crate::report::{Counters, GuestReport, VcpuEnd, VcpuFailure, VcpuReport, WrongPage};
+use crate::signals;
 use crate::spec::{GuestMemory, GuestSpec};
 use crate::start;
 use crate::system::SystemMemory;
@@ -157,7 +156,7 @@ impl Guest {
                 let running = state.running();
                 for &vcpu in &running {
                     state.system.block(vcpu).stop.kick.store(1, SeqCst);
-                    kick::kick(self.threads[vcpu].as_pthread_t());
+                    signals::kick(&self.threads[vcpu]);
                 }
                 if state.wait_ended(Instant::now() + KICK_EVERY) {
                     break;

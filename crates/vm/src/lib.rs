@@ -22,6 +22,9 @@
 //! * Each vCPU times its own accesses, those outside and inside any invalidation window apart
 //!   ([`GuestHandle::windows`], [`GuestHandle::latency`]).
 //!
+//! * The first guest of a process installs handlers for SIGBUS (faults outside managed memory go to whoever handled them
+//!   before) and for the signal `SIGRTMIN + 3`, which gets a vCPU out of an access that nobody serves.
+//!
 //! x86-64 Linux only: the guest program is x86-64 machine code.
 
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
@@ -32,7 +35,6 @@ compile_error!(
 mod dirty;
 mod error;
 mod guest;
-mod kick;
 mod kvm;
 mod latency;
 mod layout;

@@ -19,7 +19,9 @@ use core::ffi::c_int;
 use core::sync::atomic::AtomicU8;
 use core::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::io;
+use std::os::unix::thread::JoinHandleExt;
 use std::sync::OnceLock;
+use std::thread::JoinHandle;
 
 use crate::error::VmError;
 use crate::layout::VcpuBlock;
@@ -64,9 +66,14 @@ pub(crate) fn with_target<R>(target: &Target, run: impl FnOnce() -> R) -> R {
     run()
 }
 
-/// The signal that kicks a vCPU.
-pub(crate) fn kick_signal() -> c_int {
+fn kick_signal() -> c_int {
     libc::SIGRTMIN() + 3
+}
+
+/// Kicks the vCPU thread `thread`, which nobody has joined. It acts on it only if its block's `kick` flag is up.
+pub(crate) fn kick(thread: &JoinHandle<()>) {
+    // SAFETY: the thread's handle is valid until it is joined, even if the thread has ended.
+    unsafe { libc::pthread_kill(thread.as_pthread_t(), kick_signal()) };
 }
 
 static PREVIOUS_BUS: OnceLock<libc::sigaction> = OnceLock::new();
@@ -129,10 +136,12 @@ extern "C" fn on_kick(_signal: c_int, _info: *mut libc::siginfo_t, context: *mut
 }
 
 extern "C" fn on_bus(signal: c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
-    // SAFETY: the kernel passes a valid `siginfo_t`; SIGBUS of a fault carries an address.
+    // SAFETY: the kernel passes a valid `siginfo_t`; that of a fault (positive code) has an address, in others it is a
+    // meaningless number.
     let (address, code) = unsafe { ((*info).si_addr().addr() as u64, (*info).si_code) };
     // SAFETY: as in `on_kick`.
     if let Some(target) = unsafe { TARGET.get().as_ref() }
+        && code > 0
         && target.memory.contains(&address)
     {
         // SAFETY: as in `on_kick`.

@@ -72,7 +72,12 @@ struct Bases {
 
 fn fill_expected(system: &SystemMemory, mut initial: impl FnMut(Gfn) -> [u64; 3]) {
     for page in 0..system.plan.pages {
-        let [first, middle, last] = initial(Gfn::new(page));
+        let words = initial(Gfn::new(page));
+        if words == [0; 3] {
+            // So are the entries; a table of zeros takes no memory.
+            continue;
+        }
+        let [first, middle, last] = words;
         let expected = system.expected(page);
         expected.first.store(first, Relaxed);
         expected.rest.store(fold(middle, last), Relaxed);

@@ -38,7 +38,7 @@ fn only_the_vcpu_that_waits_is_kicked() {
         until("vCPU 1 comes to the missing page", || guest.vcpu_counters(1).accesses == 8);
         let before = guest.vcpu_counters(0).accesses;
         until("vCPU 0 goes on", || guest.vcpu_counters(0).accesses > before + 1000);
-        let report = guest.stop_within(Duration::from_millis(200)).expect("an orderly stop");
+        let report = guest.stop_within(Duration::from_secs(1)).expect("an orderly stop");
         assert_eq!(report.vcpus[0].end, VcpuEnd::Stopped);
         assert_eq!(report.vcpus[1].end, VcpuEnd::Kicked { gfn: Gfn::new(40) });
     }

@@ -48,7 +48,7 @@ fn discards_that_are_carried_out_are_right() {
             for (vcpu, done) in done.iter_mut().enumerate() {
                 if let Some(range) = guest.discard_request(vcpu) {
                     assert_eq!((range.len(), range.start.as_u64() / 32 % 2), (32, vcpu as u64));
-                    plain.zero(range);
+                    plain.drop_pages(range);
                     guest.acknowledge_discard(vcpu);
                     *done += 1;
                 }
@@ -74,7 +74,7 @@ fn an_open_request_stays_and_its_pages_are_only_read() {
         assert_eq!(guest.discard_request(0), Some(range));
         assert_eq!(frames().map(words).collect::<Vec<_>>(), before);
         // Half of the pages gone: old or zero, both are right.
-        plain.zero(GfnRange::from_len(range.start, 16).expect("a range"));
+        plain.drop_pages(GfnRange::from_len(range.start, 16).expect("a range"));
         go_on(&guest, 20_000);
         assert_eq!(guest.counters().wrong, 0);
         assert_eq!(guest.discard_request(1), None, "there is no vCPU 1");
@@ -103,8 +103,8 @@ fn one_page_forgotten_by_a_discard_is_found() {
         let (plain, guest) = discarding(kind, 1, 500);
         let range = request(&guest, 0);
         let forgotten = Gfn::new(range.start.as_u64() + 13);
-        plain.zero(GfnRange::new(range.start, forgotten));
-        plain.zero(GfnRange::new(forgotten + 1, range.end));
+        plain.drop_pages(GfnRange::new(range.start, forgotten));
+        plain.drop_pages(GfnRange::new(forgotten + 1, range.end));
         guest.acknowledge_discard(0);
         until("it is found", || guest.counters().wrong > 0);
         assert_eq!(guest.wrong_pages()[0].gfn, forgotten);
@@ -119,7 +119,7 @@ fn a_page_that_comes_back_after_zeros_is_found() {
         let range = request(&guest, 0);
         go_on(&guest, 100);
         let old = plain.word(range.start, 0).load(Relaxed);
-        plain.zero(range);
+        plain.drop_pages(range);
         go_on(&guest, 20_000);
         assert_eq!(guest.counters().wrong, 0);
         plain.word(range.start, 0).store(old, Relaxed);

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use afterimage_mmu::{Gfn, GfnRange, PageSize};
 use afterimage_vm::{Guest, GuestKind, GuestMemory, GuestReport, GuestSpec, KvmProbe, WORD_OFFSETS, probe};
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 
 /// How long a test waits for something that should take milliseconds.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
@@ -35,6 +35,16 @@ impl Plain {
     /// On 2 MiB pages; `None` where there are none.
     pub(crate) fn huge(bytes: usize) -> Option<Self> {
         Self::map(bytes, MapFlags::PRIVATE | MapFlags::HUGETLB).ok()
+    }
+
+    /// A memory object that stays when the mapping is taken away.
+    pub(crate) fn shared(bytes: usize) -> Self {
+        let object = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).expect("memfd");
+        rustix::fs::ftruncate(&object, bytes as u64).expect("ftruncate");
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a new mapping.
+        let base = unsafe { mmap(core::ptr::null_mut(), bytes, protection, MapFlags::SHARED, object, 0) };
+        Self { base: NonNull::new(base.expect("mmap").cast()).expect("not null"), bytes }
     }
 
     fn map(bytes: usize, flags: MapFlags) -> rustix::io::Result<Self> {
@@ -74,8 +84,9 @@ impl Plain {
         }
     }
 
-    /// Throws the pages away: they read as zeros. What a discard does.
-    pub(crate) fn zero(&self, range: GfnRange) {
+    /// Takes the mapping's pages away. Anonymous ones read as zeros then, as after a discard; those of a memory object
+    /// come back.
+    pub(crate) fn drop_pages(&self, range: GfnRange) {
         let start = self.word(range.start, 0).as_ptr();
         // SAFETY: the range lies in the mapping; its content may go.
         unsafe { madvise(start.cast(), range.len() as usize * 4096, Advice::LinuxDontNeed) }
