@@ -17,6 +17,7 @@ fn a_vcpu_that_waits_for_a_page_can_be_stopped() {
         absent.provide_zeros(0, 10);
         let guest = absent.scan(kind, 1);
         until("it comes to the missing page", || guest.counters().accesses == 10);
+        until("it says where it is", || guest.current_gfn(0) == Gfn::new(10));
         assert_eq!(guest.failure(), None);
         let begin = Instant::now();
         let report = guest.stop_within(Duration::from_millis(20)).expect("an orderly stop");
