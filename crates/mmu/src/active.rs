@@ -49,7 +49,7 @@ impl<P: Platform> ActiveEvents<P> {
     /// An event ends.
     pub(crate) fn end(&self) {
         let before = self.word.fetch_sub(ONE, Ordering::Release);
-        if before == ONE | PARKED {
+        if before == ONE | PARKED && !mutation::active(Mutation::EventWithoutWake) {
             P::wake_all(&self.word);
         }
     }

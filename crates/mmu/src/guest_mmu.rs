@@ -166,7 +166,7 @@ impl<S: SecondaryMmu> GuestMmu<S> {
                 Err(now) => seen = now,
             }
         }
-        if seen & WAITERS != 0 {
+        if seen & WAITERS != 0 && !mutation::active(Mutation::EndWithoutWake) {
             S::Platform::wake_all(&self.ended);
         }
         self.secondary.invalidation_ended();
@@ -254,7 +254,10 @@ impl<S: SecondaryMmu> GuestMmu<S> {
 
     /// The invalid phase: when it returns, no fault can install for the slot and nothing maps it.
     fn invalidate_slot(&self, space: SpaceId, id: SlotId) -> Result<(), SlotError> {
-        self.replace(self.slot_set().changed(space, id, |slot| slot.state = SlotState::Invalid)?);
+        let invalid = self.slot_set().changed(space, id, |slot| slot.state = SlotState::Invalid)?;
+        if !mutation::active(Mutation::UpdateWithoutInvalidPhase) {
+            self.replace(invalid);
+        }
         let slot = self.slot_set().get(space, id)?;
         self.zap_slot(&slot);
         Ok(())
@@ -270,7 +273,7 @@ impl<S: SecondaryMmu> GuestMmu<S> {
 // UNSAFETY: the slot set is shared through a pointer that an update swaps and frees.
 #[expect(unsafe_code)]
 mod published {
-    use super::{AtomicPtr, Box, GuestMmu, Ordering, SecondaryMmu, SlotSet};
+    use super::{AtomicPtr, Box, GuestMmu, Mutation, Ordering, SecondaryMmu, SlotSet, mutation};
     use crate::readers::ReaderWord;
     use core::marker::PhantomData;
 
@@ -320,6 +323,10 @@ mod published {
             self.vcpus.wait_for_readers();
             // SAFETY: `next` came from `Box::into_raw` and is freed by a later `replace`, which needs `updates`.
             unsafe { &*next }.settle();
+            if cfg!(not(loom)) && mutation::active(Mutation::SwapWithoutReaders) {
+                // Somebody may use it still. The late install is what a test is to notice, not the crash.
+                return;
+            }
             // SAFETY: (1) `old` came from `Box::into_raw`; (2) it is published no more; (3) every section that could
             // have loaded it has been left; (4) no event was active at the swap, and later ones load `next`.
             drop(unsafe { Box::from_raw(old) });

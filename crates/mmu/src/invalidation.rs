@@ -228,7 +228,8 @@ impl Invalidations {
     fn bump_sequence(&self) {
         if !mutation::active(Mutation::EndKeepsSequence) {
             // Release: who samples the new number sees what the primary MMU did before this end.
-            self.sequence.store(self.sequence.load(Ordering::Relaxed).wrapping_add(1), Ordering::Release);
+            let ordering = mutation::unless(Mutation::BumpRelaxed, Ordering::Release);
+            self.sequence.store(self.sequence.load(Ordering::Relaxed).wrapping_add(1), ordering);
         }
     }
 }

@@ -13,6 +13,8 @@ mod guest_mmu;
 mod host;
 mod invalidation;
 mod lock;
+#[cfg(all(loom, test))]
+mod loom_tests;
 mod mmu_lock;
 pub mod mutation;
 mod notifier;

@@ -122,7 +122,7 @@ impl<P: Platform> RawMmuLock<P> {
     /// Gives up a read lock.
     #[inline]
     pub fn unlock_read(&self) {
-        let before = self.rout.fetch_add(ONE, Ordering::Release);
+        let before = self.rout.fetch_add(ONE, mutation::unless(Mutation::UnlockRelaxed, Ordering::Release));
         if before & PARKED != 0 {
             self.wake(&self.rout);
         }
@@ -174,7 +174,8 @@ impl<P: Platform> RawMmuLock<P> {
 
     /// Gives up the write lock: the readers that wait go in, then the next writer's turn comes.
     pub fn unlock_write(&self) {
-        let before = self.rin.fetch_and(!(WRITER | PARKED), Ordering::Release);
+        let ordering = mutation::unless(Mutation::UnlockRelaxed, Ordering::Release);
+        let before = self.rin.fetch_and(!(WRITER | PARKED), ordering);
         if before & PARKED != 0 {
             self.wake(&self.rin);
         }
@@ -182,10 +183,11 @@ impl<P: Platform> RawMmuLock<P> {
     }
 
     fn pass_turn(&self) {
+        let ordering = mutation::unless(Mutation::UnlockRelaxed, Ordering::Release);
         let mut wout = self.wout.load(Ordering::Relaxed);
         loop {
             let next = (wout & COUNT).wrapping_add(ONE);
-            match self.wout.compare_exchange_weak(wout, next, Ordering::Release, Ordering::Relaxed) {
+            match self.wout.compare_exchange_weak(wout, next, ordering, Ordering::Relaxed) {
                 Ok(_) => break,
                 Err(now) => wout = now,
             }

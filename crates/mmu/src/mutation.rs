@@ -2,6 +2,8 @@
 //!
 //! Without the feature `mutations` the question "is it on?" is the constant `false` and leaves no code behind.
 
+use crate::sync::Ordering;
+
 /// One safety rule that can be switched off.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
@@ -51,6 +53,32 @@ pub enum Mutation {
     UnlockWithoutWake,
     /// A fault that began before the machine was released installs after it.
     InstallAfterRelease,
+    /// The sequence is sampled after the page was looked up.
+    SnapshotAfterFaultIn,
+    /// Only the first of several slots over one host range is zapped.
+    FirstSlotOnly,
+    /// An invalidation that may not block yields all the same.
+    NonBlockableYields,
+    /// A slot is deleted or moved without an invalid phase.
+    UpdateWithoutInvalidPhase,
+    /// A memslot update keeps the generation.
+    GenerationStays,
+    /// An end does not wake who waits for it.
+    EndWithoutWake,
+    /// A vCPU leaves the guest without waking who waits for that.
+    LeaveWithoutWake,
+    /// A read section is left without waking the updater who waits for that.
+    SectionWithoutWake,
+    /// An event ends without waking the updater who waits for that.
+    EventWithoutWake,
+    /// The sequence is bumped with a relaxed store.
+    BumpRelaxed,
+    /// The lock is given up with relaxed accesses.
+    UnlockRelaxed,
+    /// A read section is left with a relaxed exchange.
+    SectionLeaveRelaxed,
+    /// The guest is left with a relaxed exchange.
+    GuestLeaveRelaxed,
     /// The primary MMU discards pages without an invalidation.
     DiscardWithoutInvalidation,
     /// The primary MMU evicts pages without an invalidation.
@@ -61,6 +89,12 @@ pub enum Mutation {
 
 #[cfg(feature = "mutations")]
 static ACTIVE: core::sync::atomic::AtomicU32 = core::sync::atomic::AtomicU32::new(0);
+
+/// The ordering that a rule asks for; relaxed where the rule is switched off.
+#[inline]
+pub(crate) fn unless(mutation: Mutation, ordering: Ordering) -> Ordering {
+    if active(mutation) { Ordering::Relaxed } else { ordering }
+}
 
 /// Switches one rule off for the whole process, or all rules on again with `None`.
 #[cfg(feature = "mutations")]

@@ -55,6 +55,9 @@ impl<S: SecondaryMmu> GuestMmu<S> {
         self.active.start();
         let mut walk: Option<ZapWalk<'_, S>> = None;
         for (slot, mut gfns) in self.slot_set().touching(hvas) {
+            if walk.is_some() && mutation::active(Mutation::FirstSlotOnly) {
+                break;
+            }
             let walk = walk.get_or_insert_with(|| {
                 let mut walk = ZapWalk::start(self, blocking);
                 walk.guard.begin();

@@ -44,8 +44,9 @@ impl ReaderWord {
     /// Leaves the section.
     #[inline]
     pub(crate) fn leave<P: Platform>(&self) {
-        let section = self.section.swap(0, Ordering::Release);
-        if section & WAITED != 0 {
+        let ordering = mutation::unless(Mutation::SectionLeaveRelaxed, Ordering::Release);
+        let section = self.section.swap(0, ordering);
+        if section & WAITED != 0 && !mutation::active(Mutation::SectionWithoutWake) {
             P::wake_all(&self.section);
         }
     }

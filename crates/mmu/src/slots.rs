@@ -21,6 +21,7 @@ use alloc::vec::Vec;
 use core::fmt;
 
 use crate::addr::{FRAME_BYTES, FRAME_SHIFT, Gfn, GfnRange, Hva, HvaRange};
+use crate::mutation::{self, Mutation};
 use crate::sync::{AtomicU64, Ordering};
 
 /// Guest frame numbers at and above this do not exist: 52 bits of physical address.
@@ -198,6 +199,16 @@ pub struct SlotSet {
     by_gfn: Vec<Memslot>,
     /// Sorted by address. May overlap: several slots can show one host range.
     by_hva: Vec<ByHva>,
+    /// Has loom notice a set that is used while it is freed.
+    #[cfg(loom)]
+    watched: loom::cell::UnsafeCell<()>,
+}
+
+#[cfg(loom)]
+impl Drop for SlotSet {
+    fn drop(&mut self) {
+        self.watched.with_mut(|_| ());
+    }
 }
 
 const UPDATING: u64 = 1 << 63;
@@ -213,7 +224,7 @@ impl fmt::Debug for SlotSet {
 
 impl SlotSet {
     pub(crate) fn empty() -> Box<Self> {
-        Box::new(Self { generation: AtomicU64::new(0), by_gfn: Vec::new(), by_hva: Vec::new() })
+        Self::of(Vec::new(), Vec::new(), 0)
     }
 
     fn with(slots: Vec<Memslot>, generation: u64) -> Box<Self> {
@@ -229,7 +240,17 @@ impl SlotSet {
                 ByHva { reach, slot }
             })
             .collect();
-        Box::new(Self { generation: AtomicU64::new(generation | UPDATING), by_gfn, by_hva })
+        Self::of(by_gfn, by_hva, generation | UPDATING)
+    }
+
+    fn of(by_gfn: Vec<Memslot>, by_hva: Vec<ByHva>, generation: u64) -> Box<Self> {
+        Box::new(Self {
+            generation: AtomicU64::new(generation),
+            by_gfn,
+            by_hva,
+            #[cfg(loom)]
+            watched: loom::cell::UnsafeCell::new(()),
+        })
     }
 
     /// The generation, if no update is in progress; MMIO entries are valid under exactly one.
@@ -247,6 +268,8 @@ impl SlotSet {
     /// The slot that holds `gfn`. `near` is where the last one was found, to look there first; it is updated.
     #[inline]
     pub fn find(&self, space: SpaceId, gfn: Gfn, near: &mut usize) -> Option<&Memslot> {
+        #[cfg(loom)]
+        self.watched.with(|_| ());
         if let Some(slot) = self.by_gfn.get(*near)
             && slot.space == space
             && slot.gfns().contains(gfn)
@@ -265,6 +288,8 @@ impl SlotSet {
 
     /// Every slot that `hvas` touches, in every address space, with the frames that it touches.
     pub fn touching(&self, hvas: HvaRange) -> impl Iterator<Item = (&Memslot, GfnRange)> {
+        #[cfg(loom)]
+        self.watched.with(|_| ());
         let behind = self.by_hva.partition_point(|entry| entry.slot.hva < hvas.end);
         self.by_hva[..behind]
             .iter()
@@ -334,7 +359,8 @@ impl SlotSet {
     }
 
     fn next_generation(&self) -> u64 {
-        (self.generation.load(Ordering::Relaxed) & !UPDATING) + 1
+        let generation = self.generation.load(Ordering::Relaxed) & !UPDATING;
+        if mutation::active(Mutation::GenerationStays) { generation } else { generation + 1 }
     }
 }
 

@@ -81,7 +81,9 @@ impl VcpuShared {
 
     /// Leaves the guest and lets whoever kicked go on.
     pub(crate) fn leave_guest<P: Platform>(&self) {
-        if self.handshake.mode.swap(OUTSIDE, Ordering::Release) == EXITING {
+        let ordering = mutation::unless(Mutation::GuestLeaveRelaxed, Ordering::Release);
+        let mode = self.handshake.mode.swap(OUTSIDE, ordering);
+        if mode == EXITING && !mutation::active(Mutation::LeaveWithoutWake) {
             P::wake_all(&self.handshake.mode);
         }
     }

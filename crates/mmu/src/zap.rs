@@ -64,6 +64,7 @@ impl<'m, S: SecondaryMmu> ZapWalk<'m, S> {
     pub(crate) fn start(mmu: &'m GuestMmu<S>, blocking: Blocking) -> Self {
         let yielding = match blocking {
             Blocking::Allowed => mmu.policy().yielding,
+            Blocking::Forbidden if mutation::active(Mutation::NonBlockableYields) => mmu.policy().yielding,
             Blocking::Forbidden => YieldPolicy::Never,
         };
         Self { mmu, guard: mmu.write_timed(), yielding, unflushed: None }

@@ -1,0 +1,108 @@
+//! Request, kick and acknowledgement: when a flush returns, no guest uses what was zapped before it.
+
+use loom::cell::UnsafeCell;
+use loom::sync::Arc;
+use loom::sync::atomic::{AtomicBool, Ordering};
+use loom::thread;
+
+use super::{RACE, STUCK, fails_without, holds};
+use crate::mutation::Mutation;
+use crate::platform::model::Loom;
+use crate::vcpu::{Requests, VcpuShared, VcpuWords};
+
+/// A page, one entry that shows it, and a vCPU that may have it in its TLB.
+struct Machine {
+    vcpus: VcpuWords<Loom>,
+    present: AtomicBool,
+    page: UnsafeCell<()>,
+}
+
+impl Machine {
+    fn new() -> Arc<Self> {
+        let page = UnsafeCell::new(());
+        Arc::new(Self { vcpus: VcpuWords::new(), present: AtomicBool::new(true), page })
+    }
+
+    /// Enters the guest so many times, uses the page each time if the TLB or the table has it, and leaves.
+    fn run(&self, vcpu: &VcpuShared, rounds: usize) {
+        let mut tlb = false;
+        for _ in 0..rounds {
+            match vcpu.enter_guest::<Loom>() {
+                Ok(()) => {
+                    tlb = tlb || self.present.load(Ordering::Acquire);
+                    if tlb {
+                        self.page.with(|_| ());
+                    }
+                    vcpu.leave_guest::<Loom>();
+                    if vcpu.take_requests().contains(Requests::FLUSH_TLB) {
+                        tlb = false;
+                    }
+                }
+                Err(requests) => tlb = tlb && !requests.contains(Requests::FLUSH_TLB),
+            }
+        }
+    }
+
+    /// Zaps the entry, flushes, and frees the page.
+    fn take_away(&self) {
+        self.zap_and_flush();
+        self.page.with_mut(|_| ());
+    }
+
+    fn zap_and_flush(&self) {
+        self.present.store(false, Ordering::Relaxed);
+        self.vcpus.request_and_wait(Requests::FLUSH_TLB, |_| ());
+    }
+}
+
+fn a_guest_against_a_flush(rounds: usize) {
+    let machine = Machine::new();
+    let (other, vcpu) = (Arc::clone(&machine), machine.vcpus.register());
+    let guest = thread::spawn(move || other.run(&vcpu, rounds));
+    machine.take_away();
+    guest.join().expect("the guest does not panic");
+}
+
+fn once_in_the_guest() {
+    a_guest_against_a_flush(1);
+}
+
+/// Two flushes at once: one of them finds the vCPU kicked already, and may not go on before it has left either.
+fn two_flushes() {
+    let machine = Machine::new();
+    let (other, vcpu) = (Arc::clone(&machine), machine.vcpus.register());
+    let guest = thread::spawn(move || other.run(&vcpu, 1));
+    let second = Arc::clone(&machine);
+    let flusher = thread::spawn(move || second.zap_and_flush());
+    machine.take_away();
+    guest.join().expect("the guest does not panic");
+    flusher.join().expect("the flusher does not panic");
+}
+
+fn two_guests() {
+    let machine = Machine::new();
+    let guests = [(); 2].map(|()| {
+        let (other, vcpu) = (Arc::clone(&machine), machine.vcpus.register());
+        thread::spawn(move || other.run(&vcpu, 1))
+    });
+    machine.take_away();
+    for guest in guests {
+        guest.join().expect("the guest does not panic");
+    }
+}
+
+#[test]
+fn loom_a_flush_waits_for_every_guest() {
+    holds("guest once, flush", 5, once_in_the_guest);
+    holds("two guests, flush", 3, two_guests);
+    holds("guest, two flushes", 3, two_flushes);
+}
+
+#[test]
+fn loom_each_rule_of_the_handshake_is_needed() {
+    fails_without(Mutation::EnterWithoutFence, RACE, 3, once_in_the_guest);
+    fails_without(Mutation::RequestWithoutFence, RACE, 3, once_in_the_guest);
+    fails_without(Mutation::KickWithoutAck, RACE, 3, once_in_the_guest);
+    fails_without(Mutation::LeaveWithoutWake, STUCK, 3, once_in_the_guest);
+    fails_without(Mutation::GuestLeaveRelaxed, RACE, 3, once_in_the_guest);
+}
