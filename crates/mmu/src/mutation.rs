@@ -77,6 +77,8 @@ pub enum Mutation {
     UnlockRelaxed,
     /// A read section is left with a relaxed exchange.
     SectionLeaveRelaxed,
+    /// The guest is entered with a relaxed store.
+    GuestEnterRelaxed,
     /// The guest is left with a relaxed exchange.
     GuestLeaveRelaxed,
     /// The primary MMU discards pages without an invalidation.

@@ -20,7 +20,7 @@
 //! | reader word | enter: store + `fence(SeqCst)` | | the updater's pointer swap + `fence(SeqCst)`: reader sees the new slots, or the updater sees the reader. |
 //! | reader word | leave: swap | Release | the updater's Acquire: installs of that section happened before |
 //! | slots pointer | publish / read | Release / Acquire | contents of the slot set |
-//! | vCPU `mode` | in guest: store + `fence(SeqCst)` | | requester's `requests` + `fence(SeqCst)`: the vCPU sees the request, or the requester sees it in the guest and kicks. |
+//! | vCPU `mode` | in guest: store + `fence(SeqCst)` | Release | requester's `requests` + `fence(SeqCst)`: the vCPU sees the request, or the requester sees it in the guest and kicks. |
 //! | vCPU `mode` | leave: swap | Release | the requester's Acquire: the vCPU's last guest access came before |
 //! | counters | all | Relaxed | nothing: they are statistics |
 

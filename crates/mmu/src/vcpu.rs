@@ -68,7 +68,10 @@ impl VcpuShared {
 
     /// Enters the guest, unless requests wait: those are handed out and the vCPU stays outside.
     pub(crate) fn enter_guest<P: Platform>(&self) -> Result<(), Requests> {
-        self.handshake.mode.store(IN_GUEST, Ordering::Relaxed);
+        // Release: a requester may wait for the last stay in the guest and find this one. What was done there comes
+        // before all the same.
+        let ordering = mutation::unless(Mutation::GuestEnterRelaxed, Ordering::Release);
+        self.handshake.mode.store(IN_GUEST, ordering);
         if !mutation::active(Mutation::EnterWithoutFence) {
             fence(Ordering::SeqCst);
         }

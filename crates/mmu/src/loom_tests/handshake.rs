@@ -67,6 +67,14 @@ fn once_in_the_guest() {
     a_guest_against_a_flush(1);
 }
 
+fn twice_in_the_guest() {
+    a_guest_against_a_flush(2);
+}
+
+fn three_times_in_the_guest() {
+    a_guest_against_a_flush(3);
+}
+
 /// Two flushes at once: one of them finds the vCPU kicked already, and may not go on before it has left either.
 fn two_flushes() {
     let machine = Machine::new();
@@ -94,6 +102,8 @@ fn two_guests() {
 #[test]
 fn loom_a_flush_waits_for_every_guest() {
     holds("guest once, flush", 5, once_in_the_guest);
+    holds("guest twice, flush", 4, twice_in_the_guest);
+    holds("guest three times, flush", 4, three_times_in_the_guest);
     holds("two guests, flush", 3, two_guests);
     holds("guest, two flushes", 3, two_flushes);
 }
@@ -105,4 +115,5 @@ fn loom_each_rule_of_the_handshake_is_needed() {
     fails_without(Mutation::KickWithoutAck, RACE, 3, once_in_the_guest);
     fails_without(Mutation::LeaveWithoutWake, STUCK, 3, once_in_the_guest);
     fails_without(Mutation::GuestLeaveRelaxed, RACE, 3, once_in_the_guest);
+    fails_without(Mutation::GuestEnterRelaxed, RACE, 3, three_times_in_the_guest);
 }
