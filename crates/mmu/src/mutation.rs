@@ -75,6 +75,8 @@ pub enum Mutation {
     BumpRelaxed,
     /// The lock is given up with relaxed accesses.
     UnlockRelaxed,
+    /// A read section is entered with a relaxed store.
+    SectionEnterRelaxed,
     /// A read section is left with a relaxed exchange.
     SectionLeaveRelaxed,
     /// The guest is entered with a relaxed store.

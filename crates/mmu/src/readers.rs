@@ -35,7 +35,10 @@ impl ReaderWord {
     /// Enters the section with this number (any number that differs from the last one's).
     #[inline]
     pub(crate) fn enter(&self, number: u32) {
-        self.section.store(number.wrapping_mul(STEP) | INSIDE, Ordering::Relaxed);
+        // Release: an updater may wait for the last section and find this one. What was done there comes before all
+        // the same.
+        let ordering = mutation::unless(Mutation::SectionEnterRelaxed, Ordering::Release);
+        self.section.store(number.wrapping_mul(STEP) | INSIDE, ordering);
         if !mutation::active(Mutation::ReaderWithoutFence) {
             fence(Ordering::SeqCst);
         }

@@ -17,10 +17,10 @@
 //! | `start`, `end` | under lock | Relaxed | only verdicts under the lock rely on them |
 //! | hint | all loads | Relaxed | nothing: a hint gives no right, only a reason to retry |
 //! | `ended` | waiter marks; `end` bumps | AcqRel | each other: one of the two sees the other (no lost wake-up) |
-//! | reader word | enter: store + `fence(SeqCst)` | | the updater's pointer swap + `fence(SeqCst)`: reader sees the new slots, or the updater sees the reader. |
+//! | reader word | enter: store + `fence(SeqCst)` | Release | the updater's pointer swap + `fence(SeqCst)`: reader sees the new slots, or the updater sees the reader. Release: an updater that waits for the section before this one may find this one instead |
 //! | reader word | leave: swap | Release | the updater's Acquire: installs of that section happened before |
 //! | slots pointer | publish / read | Release / Acquire | contents of the slot set |
-//! | vCPU `mode` | in guest: store + `fence(SeqCst)` | Release | requester's `requests` + `fence(SeqCst)`: the vCPU sees the request, or the requester sees it in the guest and kicks. |
+//! | vCPU `mode` | in guest: store + `fence(SeqCst)` | Release | requester's `requests` + `fence(SeqCst)`: the vCPU sees the request, or the requester sees it in the guest and kicks. Release: as for the reader word |
 //! | vCPU `mode` | leave: swap | Release | the requester's Acquire: the vCPU's last guest access came before |
 //! | counters | all | Relaxed | nothing: they are statistics |
 

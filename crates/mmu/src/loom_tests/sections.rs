@@ -48,6 +48,17 @@ fn a_reader_against_an_updater() {
     reader.join().expect("the reader does not panic");
 }
 
+fn a_reader_twice_against_an_updater() {
+    let versions = Versions::new();
+    let other = Arc::clone(&versions);
+    let reader = thread::spawn(move || {
+        other.look(0, 1);
+        other.look(0, 2);
+    });
+    versions.update();
+    reader.join().expect("the reader does not panic");
+}
+
 fn two_readers_against_an_updater() {
     let versions = Versions::new();
     let readers = [0, 1].map(|word| {
@@ -66,10 +77,17 @@ fn loom_what_is_freed_is_used_by_nobody() {
     holds("two readers, updater", 4, two_readers_against_an_updater);
 }
 
+/// The updater finds the second section where the first was: the first one's reads come before all the same.
+#[test]
+fn loom_a_section_that_was_entered_again_is_over() {
+    holds("two sections in turn, updater", 6, a_reader_twice_against_an_updater);
+}
+
 #[test]
 fn loom_each_rule_of_a_section_is_needed() {
     fails_without(Mutation::ReaderWithoutFence, RACE, 3, a_reader_against_an_updater);
     fails_without(Mutation::SwapWithoutReaders, RACE, 3, a_reader_against_an_updater);
     fails_without(Mutation::SectionWithoutWake, STUCK, 3, a_reader_against_an_updater);
     fails_without(Mutation::SectionLeaveRelaxed, RACE, 3, a_reader_against_an_updater);
+    fails_without(Mutation::SectionEnterRelaxed, RACE, 4, a_reader_twice_against_an_updater);
 }
