@@ -183,8 +183,9 @@ impl<S: SecondaryMmu> GuestMmu<S> {
 impl<S: SecondaryMmu> Drop for Vcpu<'_, S> {
     fn drop(&mut self) {
         self.shared.leave_guest::<S::Platform>();
+        let mut retired = self.mmu.retired.write();
         self.mmu.vcpus.unregister(&self.shared);
-        self.shared.counters.add_to(&mut self.mmu.retired.write());
+        self.shared.counters.add_to(&mut retired);
     }
 }
 

@@ -129,7 +129,9 @@ impl<S: SecondaryMmu> GuestMmu<S> {
 
     /// Faults so far, all vCPUs together, gone ones too.
     pub fn fault_stats(&self) -> FaultStats {
-        let mut total = *self.retired.read();
+        // Held until the living are counted: a vCPU that goes away meanwhile is counted here or there, not nowhere.
+        let retired = self.retired.read();
+        let mut total = *retired;
         self.vcpus.for_each(|vcpu| vcpu.counters.add_to(&mut total));
         total
     }

@@ -176,6 +176,18 @@ fn two_waiters_against_an_end() {
     }
 }
 
+/// A vCPU that goes away takes none of its counts with it, and leaves none of them twice.
+fn counts_of_a_vcpu_that_goes() {
+    let machine = Machine::new(Precheck::empty());
+    let mut vcpu = machine.mmu.vcpu();
+    let _ = vcpu.handle_fault(&machine.page, &Fault::new(FRAME, Access::READ));
+    let other = Arc::clone(&machine);
+    let looker = thread::spawn(move || other.mmu.fault_stats().taken);
+    drop(vcpu);
+    let seen = looker.join().expect("looking does not panic");
+    assert_eq!(seen, 1, "the fault was there all the time");
+}
+
 #[test]
 fn loom_no_stale_entry_survives_in_the_engine() {
     holds("handle_fault, invalidate", 4, a_fault_against_an_invalidation);
@@ -188,6 +200,11 @@ fn loom_no_stale_entry_survives_in_the_engine() {
 fn loom_nobody_sleeps_through_an_end() {
     holds("wait, end", 4, a_waiter_against_an_end);
     holds("two waits, end", 3, two_waiters_against_an_end);
+}
+
+#[test]
+fn loom_no_count_is_lost() {
+    holds("vCPU goes, counts are looked at", 3, counts_of_a_vcpu_that_goes);
 }
 
 #[test]
