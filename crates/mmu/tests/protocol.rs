@@ -93,6 +93,7 @@ tests! {
     }
     stress {
         guests_never_read_a_page_that_is_gone,
+        nor_where_nothing_is_checked_without_the_lock,
     }
     waiting {
         without_an_invalidation_nobody_waits,

@@ -9,11 +9,11 @@ use std::time::{Duration, Instant};
 
 use afterimage_mmu::{Access, Emulate, Gfn, Policy, SlotId, SpaceId, YieldPolicy};
 
-use crate::support::machine::{Machine, Touched, both};
+use crate::support::machine::{Machine, Touched, both, unchecked};
 
 const PAGES: u64 = 64;
 const HOMES: [u64; 2] = [256, 512];
-const TIME: Duration = Duration::from_millis(1500);
+const TIME: Duration = Duration::from_millis(1000);
 
 /// A small generator, so that a schedule depends on threads only.
 struct Random(u64);
@@ -53,7 +53,15 @@ fn guest(machine: &Machine, seed: u64, stop: &AtomicBool) -> u64 {
 }
 
 pub(crate) fn guests_never_read_a_page_that_is_gone() {
-    let machine = Machine::bare(Policy { yielding: YieldPolicy::OnContention, ..both() });
+    race(Policy { yielding: YieldPolicy::OnContention, ..both() });
+}
+
+pub(crate) fn nor_where_nothing_is_checked_without_the_lock() {
+    race(Policy { yielding: YieldPolicy::OnContention, ..unchecked() });
+}
+
+fn race(policy: Policy) {
+    let machine = Machine::bare(policy);
     machine.mmu.create_slot(machine.slot(0, 0, PAGES, 0)).expect("the first slot");
     machine.mmu.create_slot(machine.slot(1, HOMES[0], PAGES, 0)).expect("nothing is there");
     let stop = AtomicBool::new(false);
@@ -89,8 +97,11 @@ pub(crate) fn guests_never_read_a_page_that_is_gone() {
                 thread::yield_now();
             }
         });
-        let end = Instant::now() + TIME;
-        while Instant::now() < end && !stop.load(Ordering::Relaxed) {
+        // As long as it takes on a busy machine to have raced often enough.
+        let (end, latest) = (Instant::now() + TIME, Instant::now() + 20 * TIME);
+        let enough = || discards.load(Ordering::Relaxed) > 100 && moves.load(Ordering::Relaxed) > 10;
+        while !stop.load(Ordering::Relaxed) && Instant::now() < latest && (Instant::now() < end || !enough())
+        {
             thread::sleep(Duration::from_millis(10));
         }
         stop.store(true, Ordering::Relaxed);
