@@ -1,0 +1,39 @@
+//! A verdict is worth something only while the lock is held.
+
+use afterimage_mmu::{Fault, GfnRange, Memslot, MmuLock, Platform, SecondaryMmu};
+
+fn dropped<P: Platform, S: SecondaryMmu>(
+    lock: &MmuLock<P>,
+    tables: &S,
+    slot: &Memslot,
+    fault: &Fault,
+    page: &S::Page,
+    cache: &mut S::Cache,
+) {
+    let range = GfnRange::frame(fault.gfn);
+    let since = lock.invalidations().snapshot();
+    let guard = lock.read();
+    if let Ok(fresh) = lock.invalidations().verify(&guard, since, range) {
+        drop(guard);
+        let _ = tables.map(fresh, slot, fault, page, cache);
+    }
+}
+
+fn given_way<P: Platform, S: SecondaryMmu>(
+    lock: &MmuLock<P>,
+    tables: &S,
+    slot: &Memslot,
+    fault: &Fault,
+    page: &S::Page,
+    cache: &mut S::Cache,
+) {
+    let range = GfnRange::frame(fault.gfn);
+    let since = lock.invalidations().snapshot();
+    let mut guard = lock.read();
+    if let Ok(fresh) = lock.invalidations().verify(&guard, since, range) {
+        guard.bump();
+        let _ = tables.map(fresh, slot, fault, page, cache);
+    }
+}
+
+fn main() {}
