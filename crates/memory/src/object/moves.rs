@@ -46,10 +46,8 @@ impl MemoryObject {
         if self.pages[pages.clone()].iter().all(|page| page.peek() != State::Resident) {
             return Ok(Moved::default());
         }
-        // In anonymous memory an unmapped page is gone, so its bytes are taken first, from under write protection.
-        let zap = if matches!(self.memory, Memory::Mapping(_)) { Zap::WriteProtect } else { Zap::Unmap };
         let mut result = Ok(Moved::default());
-        self.invalidating(Kind::Evict, frames, zap, &mut || {
+        self.invalidating(Kind::Evict, frames, self.zap_before_free(), &mut || {
             let mut moved = Moved::default();
             let mut buffer = Buffer::take(self.page_size.bytes());
             let mut first = pages.start;
@@ -70,6 +68,14 @@ impl MemoryObject {
             self.counters.moved(Kind::Evict, moved.frames);
         }
         result
+    }
+
+    /// What an invalidation does to the mappings before pages are freed.
+    ///
+    /// In anonymous memory an unmapped page is gone, and another invalidation of the same page may be about to read it:
+    /// a page goes with its lock held and not before. Until then the guest may read it, but not write.
+    fn zap_before_free(&self) -> Zap {
+        if matches!(self.memory, Memory::Mapping(_)) { Zap::WriteProtect } else { Zap::Unmap }
     }
 
     fn evict_batch(
@@ -123,7 +129,7 @@ impl MemoryObject {
     pub fn discard(&self, frames: PfnRange) -> Result<Moved, MemoryError> {
         let pages = self.pages_of(frames)?;
         let mut result = Ok(Moved::default());
-        self.invalidating(Kind::Discard, frames, Zap::Unmap, &mut || {
+        self.invalidating(Kind::Discard, frames, self.zap_before_free(), &mut || {
             result = self.discard_all(pages.clone());
         });
         if let Ok(moved) = &result {
