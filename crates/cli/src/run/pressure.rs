@@ -1,0 +1,169 @@
+//! What takes the guest's memory away: one thread for each kind of invalidation.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use afterimage_memory::{Kind, MemoryError, MemoryObject};
+use afterimage_mmu::{Gfn, Pfn, PfnRange};
+use afterimage_vm::GuestHandle;
+use anyhow::Result;
+
+use super::options::RunPlan;
+
+/// How often the budget and the guest's mailbox are looked at.
+const LOOK_EVERY: Duration = Duration::from_micros(200);
+/// Checkpoints a second, and how much of memory each takes: all of it in about four seconds.
+const CHECKPOINT_EVERY: Duration = Duration::from_millis(250);
+const CHECKPOINT_PARTS: u64 = 16;
+
+/// The running threads.
+#[derive(Debug)]
+pub(crate) struct Pressure {
+    threads: Vec<JoinHandle<Result<(), MemoryError>>>,
+    stop: Arc<AtomicBool>,
+}
+
+/// What every one of the threads has.
+#[derive(Clone)]
+struct Reach {
+    object: Arc<MemoryObject>,
+    guest: GuestHandle,
+    stop: Arc<AtomicBool>,
+}
+
+impl Reach {
+    fn is_running(&self) -> bool {
+        !self.stop.load(Ordering::Acquire)
+    }
+
+    /// `frames` widened to whole pages of the object.
+    fn whole_pages(&self, frames: PfnRange) -> PfnRange {
+        let size = self.object.page_size().frames();
+        let start = frames.start.as_u64() / size * size;
+        let end = frames.end.as_u64().next_multiple_of(size).min(self.object.frames().end.as_u64());
+        PfnRange::new(Pfn::new(start), Pfn::new(end))
+    }
+}
+
+impl Pressure {
+    /// Starts a thread that keeps the budget, and one for each kind that was asked for.
+    pub(crate) fn start(plan: &RunPlan, object: &Arc<MemoryObject>, guest: &GuestHandle) -> Result<Self> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let reach = Reach { object: Arc::clone(object), guest: guest.clone(), stop: Arc::clone(&stop) };
+        let mut pressure = Self { threads: Vec::new(), stop };
+        let budget = reach.clone();
+        pressure.spawn("budget", move || keep_budget(&budget))?;
+        for kind in &plan.invalidate {
+            let reach = reach.clone();
+            match kind {
+                Kind::Evict => {
+                    let (per_second, batch) = (plan.pressure, plan.batch_pages * plan.page_size.frames());
+                    pressure.spawn("evict", move || evict(&reach, per_second, batch))?;
+                }
+                Kind::Discard => pressure.spawn("discard", move || discard(&reach))?,
+                Kind::Protect => pressure.spawn("checkpoint", move || checkpoint(&reach))?,
+            }
+        }
+        Ok(pressure)
+    }
+
+    fn spawn(
+        &mut self,
+        name: &str,
+        body: impl FnOnce() -> Result<(), MemoryError> + Send + 'static,
+    ) -> Result<()> {
+        self.threads.push(thread::Builder::new().name(name.to_owned()).spawn(body)?);
+        Ok(())
+    }
+
+    /// Whether a thread has ended by itself, which only an error makes it do.
+    pub(crate) fn has_failed(&self) -> bool {
+        self.threads.iter().any(JoinHandle::is_finished)
+    }
+
+    /// Ends the threads; what they have begun, they finish.
+    pub(crate) fn stop(self) -> Result<(), MemoryError> {
+        self.stop.store(true, Ordering::Release);
+        let mut result = Ok(());
+        for thread in self.threads {
+            let ended = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            result = result.and(ended);
+        }
+        result
+    }
+}
+
+fn keep_budget(reach: &Reach) -> Result<(), MemoryError> {
+    while reach.is_running() {
+        if reach.object.is_over_budget() {
+            reach.object.reclaim()?;
+        } else {
+            thread::sleep(LOOK_EVERY);
+        }
+    }
+    Ok(())
+}
+
+/// Evicts, at an even pace, the memory around where a vCPU is at that moment: warm memory, so that faults meet the
+/// invalidation.
+fn evict(reach: &Reach, per_second: u32, batch: u64) -> Result<(), MemoryError> {
+    let Some(pause) = Duration::from_secs(1).checked_div(per_second) else { return Ok(()) };
+    let mut next = Instant::now();
+    let mut vcpu = 0;
+    while reach.is_running() {
+        next += pause;
+        let now = Instant::now();
+        if next > now {
+            thread::sleep((next - now).min(Duration::from_millis(100)));
+        } else {
+            // Behind: evictions are slower than asked for. Go on from here.
+            next = now;
+        }
+        vcpu = (vcpu + 1) % reach.guest.vcpus();
+        let at = reach.guest.current_gfn(vcpu);
+        reach.object.evict(reach.whole_pages(around(at, batch, reach.object.frames())))?;
+    }
+    Ok(())
+}
+
+/// `frames` frames that hold `gfn`, aligned to their number.
+fn around(gfn: Gfn, frames: u64, all: PfnRange) -> PfnRange {
+    let start = gfn.as_u64() / frames * frames;
+    PfnRange::new(Pfn::new(start), Pfn::new(start + frames)).intersection(all)
+}
+
+fn discard(reach: &Reach) -> Result<(), MemoryError> {
+    while reach.is_running() {
+        let mut idle = true;
+        for vcpu in 0..reach.guest.vcpus() {
+            if let Some(gfns) = reach.guest.discard_request(vcpu) {
+                let frames = PfnRange::new(Pfn::new(gfns.start.as_u64()), Pfn::new(gfns.end.as_u64()));
+                reach.object.discard(frames)?;
+                reach.guest.acknowledge_discard(vcpu);
+                idle = false;
+            }
+        }
+        if idle {
+            thread::sleep(LOOK_EVERY);
+        }
+    }
+    Ok(())
+}
+
+/// Reads all of memory, a part at a time, as a checkpoint would.
+fn checkpoint(reach: &Reach) -> Result<(), MemoryError> {
+    let all = reach.object.frames();
+    let step = all.len().div_ceil(CHECKPOINT_PARTS);
+    let mut next = all.start;
+    while reach.is_running() {
+        let end = Pfn::new((next.as_u64() + step).min(all.end.as_u64()));
+        let part = reach.whole_pages(PfnRange::new(next, end));
+        let mut bytes = 0_u64;
+        reach.object.protect(part, |_, page| bytes += page.map_or(0, |page| page.len() as u64))?;
+        next = if part.end >= all.end { all.start } else { part.end };
+        thread::sleep(CHECKPOINT_EVERY);
+    }
+    Ok(())
+}
