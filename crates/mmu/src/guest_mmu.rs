@@ -63,8 +63,9 @@ impl Default for Policy {
 pub struct GuestMmu<S: SecondaryMmu> {
     pub(crate) lock: MmuLock<S::Platform>,
     pub(crate) vcpus: VcpuWords<S::Platform>,
-    pub(crate) active: ActiveEvents<S::Platform>,
-    pub(crate) counters: InvalidationCounters,
+    /// On lines of their own, these two: invalidators write them, and faults read what is around them.
+    pub(crate) active: CachePadded<ActiveEvents<S::Platform>>,
+    pub(crate) counters: CachePadded<InvalidationCounters>,
     secondary: S,
     policy: Policy,
     slots: CachePadded<AtomicPtr<SlotSet>>,
@@ -94,8 +95,8 @@ impl<S: SecondaryMmu> GuestMmu<S> {
         Self {
             lock: MmuLock::new(),
             vcpus: VcpuWords::new(),
-            active: ActiveEvents::new(),
-            counters: InvalidationCounters::new(),
+            active: CachePadded(ActiveEvents::new()),
+            counters: CachePadded(InvalidationCounters::new()),
             secondary,
             policy,
             slots: CachePadded(AtomicPtr::new(Box::into_raw(SlotSet::empty()))),
