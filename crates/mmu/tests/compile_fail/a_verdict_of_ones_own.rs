@@ -1,13 +1,9 @@
-//! Only `verify` makes a verdict, and only the words make a snapshot.
+//! Only `verify` makes a verdict.
 
-use afterimage_mmu::{Fresh, GfnRange, Snapshot};
+use afterimage_mmu::{Fresh, GfnRange};
 
 fn forge(range: GfnRange) -> Fresh<'static> {
     Fresh { range, witness: core::marker::PhantomData }
-}
-
-fn remember() -> Snapshot {
-    Snapshot { sequence: 0 }
 }
 
 fn main() {}
