@@ -60,7 +60,7 @@ impl Platform for Spin {
 }
 
 /// The platform of the loom tests: parks on one condition variable that all words share.
-#[cfg(loom)]
+#[cfg(all(loom, test))]
 pub(crate) mod model {
     use super::{ParkWord, Platform};
     use crate::sync::Ordering;

@@ -1,4 +1,5 @@
 //! The mistakes that reviewers of the kernel look for do not compile.
+#![cfg(not(loom))]
 
 #[test]
 fn mistakes_do_not_compile() {

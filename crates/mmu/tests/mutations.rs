@@ -4,6 +4,7 @@
 //! models: `EndCountFirst`, `ReaderWithoutFence`, `WaitWithoutMark`, `EnterWithoutFence`, `RequestWithoutFence`,
 //! `ReaderIgnoresWriter`, `WriterIgnoresReaders`, and all of the `…WithoutWake` and `…Relaxed`. The `Discard…` and
 //! `Evict…` belong to the crate that owns the pages.
+#![cfg(not(loom))]
 
 #[expect(dead_code, reason = "only some scenarios are about a rule that can be switched off")]
 mod scenarios;

@@ -1,4 +1,5 @@
 //! The protocol on a host in memory, scenario by scenario.
+#![cfg(not(loom))]
 
 mod scenarios;
 mod support;

@@ -66,7 +66,7 @@ fn together(mine: fn(&Guarded), others: &[fn(&Guarded)]) {
         let (guarded, work) = (Arc::clone(&guarded), *work);
         thread::spawn(move || work(&guarded))
     };
-    let threads: std::vec::Vec<_> = others.iter().map(spawn).collect();
+    let threads: alloc::vec::Vec<_> = others.iter().map(spawn).collect();
     mine(&guarded);
     for thread in threads {
         thread.join().expect("nothing panics with the lock held");

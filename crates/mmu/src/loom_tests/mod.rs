@@ -14,9 +14,10 @@ mod invalidation;
 mod lock;
 mod sections;
 
+use alloc::sync::Arc;
 use core::sync::atomic::{AtomicU64, Ordering};
 use std::eprintln;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use crate::mutation::Mutation;
@@ -56,7 +57,7 @@ fn fails_without<M>(rule: Mutation, because: &[&str], preemptions: usize, model:
 where
     M: Fn() + Send + Sync + 'static,
 {
-    let case = std::format!("{rule:?} {}", core::any::type_name::<M>());
+    let case = alloc::format!("{rule:?} {}", core::any::type_name::<M>());
     match std::env::var(CHILD) {
         Ok(wanted) if wanted == case => {
             crate::mutation::set(Some(rule));
@@ -71,7 +72,7 @@ where
                 .env(CHILD, &case)
                 .output()
                 .expect("this test can start itself");
-            let said = std::string::String::from_utf8_lossy(&child.stderr);
+            let said = alloc::string::String::from_utf8_lossy(&child.stderr);
             assert!(!child.status.success(), "nothing noticed that {case} was on: {said}");
             assert!(
                 because.iter().any(|because| said.contains(because)),
