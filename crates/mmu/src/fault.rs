@@ -319,7 +319,8 @@ impl<'m, S: SecondaryMmu> Path<'_, 'm, S> {
             return Err(FaultError::NoMemory(gfn));
         }
 
-        let since = mmu.invalidations().snapshot();
+        let block = slot.map_or(GfnRange::frame(gfn), |slot| secondary.block(slot, gfn));
+        let since = mmu.invalidations().snapshot_of(block);
         if primary.privacy(gfn) != fault.privacy {
             return Err(FaultError::WrongPrivacy { gfn, accessed: fault.privacy });
         }
@@ -332,7 +333,6 @@ impl<'m, S: SecondaryMmu> Path<'_, 'm, S> {
                 FaultKind::Demand => Ok(retry(RetryPoint::SlotChanging, GfnRange::frame(gfn))),
             };
         }
-        let block = secondary.block(slot, gfn);
         if self.looks_doomed(Precheck::BEFORE_FAULT_IN, since, block) {
             return Ok(retry(RetryPoint::BeforeFaultIn, block));
         }
@@ -351,7 +351,7 @@ impl<'m, S: SecondaryMmu> Path<'_, 'm, S> {
             Err(FaultInError::Poisoned(cause)) => return self.poison::<M>(slot, since, block, cause),
         };
         let since = if mutation::active(Mutation::SnapshotAfterFaultIn) {
-            mmu.invalidations().snapshot()
+            mmu.invalidations().snapshot_of(block)
         } else {
             since
         };

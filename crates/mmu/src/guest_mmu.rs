@@ -6,7 +6,7 @@ use core::fmt;
 use crate::active::ActiveEvents;
 use crate::addr::{Gfn, GfnRange};
 use crate::host::{Blocking, SecondaryMmu, Zap};
-use crate::invalidation::{Invalidations, Snapshot, Stale};
+use crate::invalidation::{Invalidations, SequenceScope, Snapshot, Stale};
 use crate::mmu_lock::{MmuLock, MmuWriteGuard};
 use crate::mutation::{self, Mutation};
 use crate::platform::Platform;
@@ -45,12 +45,14 @@ pub struct Policy {
     pub precheck: Precheck,
     /// Yielding of zaps.
     pub yielding: YieldPolicy,
+    /// Whose end makes a fault under way retry.
+    pub scope: SequenceScope,
 }
 
 impl Default for Policy {
-    /// Both checks, and yielding on contention: what a Linux with full preemption does today.
+    /// Both checks, yielding on contention, one sequence: what a Linux with full preemption does today.
     fn default() -> Self {
-        Self { precheck: Precheck::all(), yielding: YieldPolicy::OnContention }
+        Self { precheck: Precheck::all(), yielding: YieldPolicy::OnContention, scope: SequenceScope::Global }
     }
 }
 
@@ -93,7 +95,7 @@ impl<S: SecondaryMmu> GuestMmu<S> {
     /// A secondary MMU without memslots.
     pub fn new(secondary: S, policy: Policy) -> Self {
         Self {
-            lock: MmuLock::new(),
+            lock: MmuLock::with_scope(policy.scope),
             vcpus: VcpuWords::new(),
             active: CachePadded(ActiveEvents::new()),
             counters: CachePadded(InvalidationCounters::new()),

@@ -247,7 +247,8 @@ pub trait SecondaryMmu: Sized + Send + Sync {
     type Error: fmt::Debug;
 
     /// The frames that an install for `gfn` covers: a whole huge page, or just the frame. Faults are checked
-    /// against invalidations of any of them. Must lie in the slot.
+    /// against invalidations of any of them. Must lie in the slot, and be told from the slot alone: it is asked
+    /// before the sequence is sampled.
     fn block(&self, _slot: &Memslot, gfn: Gfn) -> GfnRange {
         GfnRange::frame(gfn)
     }

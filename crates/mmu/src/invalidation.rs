@@ -5,7 +5,8 @@
 //! | word | changed by | meaning |
 //! |---|---|---|
 //! | `in_progress` | `begin` +1, `end` −1, with `mmu_lock` held for write | invalidations between begin and end |
-//! | `sequence` | `end` +1, likewise | invalidations that ended |
+//! | `ended[0]` | `end` +1, likewise | the sequence: invalidations that ended |
+//! | `ended[1..]` | `end` +1, likewise, with [`SequenceScope::Region`] | those of them that touched a region of 2 MiB |
 //! | `start`, `end` | `add_range`, likewise | hull of every range added since `in_progress` last left 0 |
 //!
 //! `begin` raises the count and, when it was 0, empties the hull to a sentinel; `add_range` widens the hull;
@@ -25,6 +26,15 @@
 //! A fault that overlaps the invalidation is caught by count and hull; one that sampled the sequence before the
 //! end and verifies after it is caught by the sequence. Hence the sequence moves at the end only.
 //!
+//! # Whose end matters
+//!
+//! KVM has one sequence: an end anywhere fails every fault that is under way, and unrelated invalidations can hold a
+//! fault back without bound. With [`SequenceScope::Region`] each end also bumps one word for every region of 2 MiB that its
+//! ranges touch (regions share words, so a range bumps at most all of them), and a snapshot for frames of one region
+//! is compared with that region's word only. The argument stays: an invalidation that covers the fault's frames
+//! touches their region, so its end moves the word that the fault looks at. The sequence of all is bumped as well,
+//! for snapshots that name no frames or span regions.
+//!
 //! Source: Linux `kvm_mmu_invalidate_begin`, `kvm_mmu_invalidate_range_add`, `kvm_mmu_invalidate_end`,
 //! `mmu_invalidate_retry_gfn` and `mmu_invalidate_retry_gfn_unsafe`.
 
@@ -38,13 +48,39 @@ use crate::sync::{AtomicU64, Ordering};
 /// Both bounds while a `begin` has not yet been followed by an `add_range`. No gfn reaches it.
 const SENTINEL: u64 = u64::MAX;
 
+/// Frames in a region that has a sequence of its own, as a power of two: 2 MiB, so that no smaller page spans two.
+#[cfg(not(loom))]
+const REGION_SHIFT: u32 = 9;
+/// Words for regions. More regions than words share them.
+#[cfg(not(loom))]
+const REGIONS: usize = 128;
+/// Small under loom: two regions of two frames.
+#[cfg(loom)]
+const REGION_SHIFT: u32 = 1;
+/// Small under loom: two regions of two frames.
+#[cfg(loom)]
+const REGIONS: usize = 2;
+
+/// Index of the word that every end bumps.
+const ALL: usize = 0;
+
+/// Which ends make a fault under way retry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SequenceScope {
+    /// All: KVM's way.
+    Global,
+    /// Those of invalidations that touched the same region of 2 MiB, or one that shares its word.
+    Region,
+}
+
 /// The words of one virtual machine; changed only through a [`MmuWriteGuard`](crate::MmuWriteGuard).
 #[derive(Debug)]
 pub struct Invalidations {
     in_progress: AtomicU64,
-    sequence: AtomicU64,
     start: AtomicU64,
     end: AtomicU64,
+    scope: SequenceScope,
+    ended: [AtomicU64; 1 + REGIONS],
 }
 
 /// The sequence as it was before the page was looked up.
@@ -54,6 +90,8 @@ pub struct Invalidations {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Snapshot {
     sequence: u64,
+    /// Index of the word that was read.
+    word: usize,
 }
 
 /// The right to install translations for a range of frames, as long as the witness `'w` lives.
@@ -79,7 +117,7 @@ impl Fresh<'_> {
 pub enum Stale {
     /// An invalidation whose hull covers the frames is active (or seems to be, for a hint).
     Covered,
-    /// An invalidation, of any range, has ended since the snapshot.
+    /// An invalidation that the snapshot's [`SequenceScope`] counts has ended since.
     SequenceMoved,
 }
 
@@ -103,19 +141,41 @@ pub enum InvalidationError {
 }
 
 impl Invalidations {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(scope: SequenceScope) -> Self {
         Self {
             in_progress: AtomicU64::new(0),
-            sequence: AtomicU64::new(0),
             start: AtomicU64::new(SENTINEL),
             end: AtomicU64::new(SENTINEL),
+            scope,
+            ended: core::array::from_fn(|_| AtomicU64::new(0)),
         }
     }
 
-    /// Samples the sequence. Everything that can go stale (attributes, the page) is looked up after this.
+    /// Samples the sequence of all ends. Everything that can go stale (attributes, the page) is looked up after this.
     #[inline]
     pub fn snapshot(&self) -> Snapshot {
-        Snapshot { sequence: self.sequence.load(Ordering::Acquire) }
+        self.sample(ALL)
+    }
+
+    /// Samples the sequence that counts for `range`, likewise.
+    #[inline]
+    pub fn snapshot_of(&self, range: GfnRange) -> Snapshot {
+        self.sample(self.word_of(range))
+    }
+
+    #[inline]
+    fn sample(&self, word: usize) -> Snapshot {
+        Snapshot { sequence: self.ended[word].load(Ordering::Acquire), word }
+    }
+
+    /// The word that every invalidation which touches a frame of `range` bumps at its end.
+    #[inline]
+    fn word_of(&self, range: GfnRange) -> usize {
+        let (first, last) = (range.start.as_u64() >> REGION_SHIFT, (range.end.as_u64() - 1) >> REGION_SHIFT);
+        match self.scope {
+            SequenceScope::Region if first == last => 1 + first as usize % REGIONS,
+            SequenceScope::Region | SequenceScope::Global => ALL,
+        }
     }
 
     /// The lock-free check: whether the fault looks doomed. `None` promises nothing.
@@ -124,7 +184,7 @@ impl Invalidations {
         if self.in_progress.load(Ordering::Relaxed) != 0 && self.hull_overlaps(range) {
             return Some(Stale::Covered);
         }
-        if self.sequence.load(Ordering::Relaxed) != since.sequence {
+        if self.ended[since.word].load(Ordering::Relaxed) != since.sequence {
             return Some(Stale::SequenceMoved);
         }
         None
@@ -151,9 +211,10 @@ impl Invalidations {
                 return Err(Stale::Covered);
             }
         }
-        if self.sequence.load(Ordering::Relaxed) != since.sequence
-            && !mutation::active(Mutation::VerifyIgnoresSequence)
-        {
+        // A snapshot for other frames says nothing about these.
+        let foreign = since.word != ALL && since.word != self.word_of(range);
+        let moved = self.ended[since.word].load(Ordering::Relaxed) != since.sequence;
+        if (foreign || moved) && !mutation::active(Mutation::VerifyIgnoresSequence) {
             return Err(Stale::SequenceMoved);
         }
         Ok(fresh)
@@ -206,17 +267,18 @@ impl Invalidations {
         Ok(())
     }
 
-    /// Bumps the sequence, then drops the count. `mmu_lock` is held for write.
-    pub(crate) fn end(&self) -> Result<(), InvalidationError> {
+    /// Bumps the sequence, then drops the count. `mmu_lock` is held for write. `range` holds every range that this
+    /// invalidation added; `None`: not known.
+    pub(crate) fn end(&self, range: Option<GfnRange>) -> Result<(), InvalidationError> {
         let active = self.in_progress.load(Ordering::Relaxed);
         if active == 0 {
             return Err(InvalidationError::EndWithoutBegin);
         }
         if mutation::active(Mutation::EndCountFirst) {
             self.in_progress.store(active - 1, Ordering::Release);
-            self.bump_sequence();
+            self.bump_sequences(range);
         } else {
-            self.bump_sequence();
+            self.bump_sequences(range);
             self.in_progress.store(active - 1, Ordering::Release);
         }
         if self.start.load(Ordering::Relaxed) == SENTINEL {
@@ -225,11 +287,31 @@ impl Invalidations {
         Ok(())
     }
 
-    fn bump_sequence(&self) {
+    fn bump_sequences(&self, range: Option<GfnRange>) {
+        self.bump(ALL);
+        if self.scope == SequenceScope::Global {
+            return;
+        }
+        let (first, count) = match range {
+            Some(range) if !range.is_empty() => {
+                let first = range.start.as_u64() >> REGION_SHIFT;
+                let last = (range.end.as_u64() - 1) >> REGION_SHIFT;
+                (first as usize, ((last - first) as usize).saturating_add(1).min(REGIONS))
+            }
+            _ => (0, REGIONS),
+        };
+        let count = if mutation::active(Mutation::EndForgetsLastRegion) { count - 1 } else { count };
+        for region in 0..count {
+            self.bump(1 + (first + region) % REGIONS);
+        }
+    }
+
+    fn bump(&self, word: usize) {
         if !mutation::active(Mutation::EndKeepsSequence) {
             // Release: who samples the new number sees what the primary MMU did before this end.
             let ordering = mutation::unless(Mutation::BumpRelaxed, Ordering::Release);
-            self.sequence.store(self.sequence.load(Ordering::Relaxed).wrapping_add(1), ordering);
+            let word = &self.ended[word];
+            word.store(word.load(Ordering::Relaxed).wrapping_add(1), ordering);
         }
     }
 }

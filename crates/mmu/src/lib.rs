@@ -33,7 +33,7 @@ pub use host::{
     Access, Age, Blocking, CachedMmio, FastFault, Fault, FaultInError, FaultKind, Found, Mapped, Notifier,
     PageRef, PageUse, Patience, PrimaryMmu, Privacy, SecondaryMmu, Young, Zap,
 };
-pub use invalidation::{Fresh, InvalidationError, Invalidations, Snapshot, Stale};
+pub use invalidation::{Fresh, InvalidationError, Invalidations, SequenceScope, Snapshot, Stale};
 pub use lock::RawMmuLock;
 pub use mmu_lock::{MmuLock, MmuReadGuard, MmuWriteGuard, Witness};
 pub use notifier::Invalidation;

@@ -3,7 +3,7 @@
 use core::fmt;
 
 use crate::addr::GfnRange;
-use crate::invalidation::{InvalidationError, Invalidations};
+use crate::invalidation::{InvalidationError, Invalidations, SequenceScope};
 use crate::lock::RawMmuLock;
 use crate::platform::Platform;
 use crate::sync::CachePadded;
@@ -43,9 +43,14 @@ impl<P: Platform> Default for MmuLock<P> {
 }
 
 impl<P: Platform> MmuLock<P> {
-    /// An unlocked lock with no invalidation active.
+    /// An unlocked lock with no invalidation active, and one sequence for all.
     pub fn new() -> Self {
-        Self { raw: CachePadded(RawMmuLock::new()), invalidations: CachePadded(Invalidations::new()) }
+        Self::with_scope(SequenceScope::Global)
+    }
+
+    /// An unlocked lock with no invalidation active.
+    pub fn with_scope(scope: SequenceScope) -> Self {
+        Self { raw: CachePadded(RawMmuLock::new()), invalidations: CachePadded(Invalidations::new(scope)) }
     }
 
     /// The words, for what needs no lock: [`Invalidations::snapshot`] and [`Invalidations::hint`].
@@ -160,7 +165,13 @@ impl<P: Platform> MmuWriteGuard<'_, P> {
 
     /// Announces that an invalidation is over; the change of the primary MMU is visible by now.
     pub fn end(&mut self) -> Result<(), InvalidationError> {
-        self.lock.invalidations.end()
+        self.lock.invalidations.end(None)
+    }
+
+    /// Like [`end`](Self::end), for an invalidation all of whose ranges lie in `range`: faults in other regions go on,
+    /// if the lock was made [`with_scope`](MmuLock::with_scope) of a region.
+    pub fn end_of(&mut self, range: GfnRange) -> Result<(), InvalidationError> {
+        self.lock.invalidations.end(Some(range))
     }
 
     /// Whether a reader or another writer waits.

@@ -19,6 +19,8 @@ pub enum Mutation {
     EndCountFirst,
     /// `end` leaves the sequence as it is.
     EndKeepsSequence,
+    /// `end` leaves out the last region that its range touches.
+    EndForgetsLastRegion,
     /// A zap leaves out the last frame of the range.
     ZapForgetsLastFrame,
     /// A zap gives the lock up without flushing first (rule F2).

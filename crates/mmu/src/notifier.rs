@@ -17,7 +17,7 @@
 
 use core::fmt;
 
-use crate::addr::HvaRange;
+use crate::addr::{Gfn, GfnRange, HvaRange};
 use crate::guest_mmu::GuestMmu;
 use crate::host::{Age, Blocking, Notifier, SecondaryMmu, Young, Zap};
 use crate::mutation::{self, Mutation};
@@ -29,14 +29,9 @@ use crate::zap::ZapWalk;
 #[must_use = "the invalidation ends at once"]
 pub struct Invalidation<'m, S: SecondaryMmu> {
     mmu: &'m GuestMmu<S>,
-    touched: Touched,
+    /// The hull of the frames that it took; empty if the range touched no slot.
+    touched: GfnRange,
     started_ns: u64,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Touched {
-    Slots,
-    Nothing,
 }
 
 impl<S: SecondaryMmu> fmt::Debug for Invalidation<'_, S> {
@@ -54,6 +49,7 @@ impl<S: SecondaryMmu> GuestMmu<S> {
         self.counters.events.fetch_add(1, Ordering::Relaxed);
         self.active.start();
         let mut walk: Option<ZapWalk<'_, S>> = None;
+        let mut touched = GfnRange::new(Gfn::new(0), Gfn::new(0));
         for (slot, mut gfns) in self.slot_set().touching(hvas) {
             if walk.is_some() && mutation::active(Mutation::FirstSlotOnly) {
                 break;
@@ -63,13 +59,13 @@ impl<S: SecondaryMmu> GuestMmu<S> {
                 walk.guard.begin();
                 walk
             });
+            touched = touched.hull(gfns);
             walk.guard.add_range(gfns).expect("begin was called above, and the slots give no empty ranges");
             if mutation::active(Mutation::ZapForgetsLastFrame) {
                 gfns.end = gfns.start + (gfns.len() - 1);
             }
             self.secondary().zap(slot, gfns, zap, walk);
         }
-        let touched = if walk.is_some() { Touched::Slots } else { Touched::Nothing };
         if let Some(walk) = walk {
             walk.finish();
         }
@@ -98,9 +94,9 @@ impl<S: SecondaryMmu> GuestMmu<S> {
 
 impl<S: SecondaryMmu> Drop for Invalidation<'_, S> {
     fn drop(&mut self) {
-        if self.touched == Touched::Slots {
+        if !self.touched.is_empty() {
             let mut guard = self.mmu.write_timed();
-            guard.end().expect("this guard began the invalidation and added a range");
+            guard.end_of(self.touched).expect("this guard began the invalidation and added a range");
             drop(guard);
             self.mmu.announce_end();
             let ns = S::Platform::now_ns().saturating_sub(self.started_ns);

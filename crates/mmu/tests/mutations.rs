@@ -15,7 +15,7 @@ use std::sync::{Mutex, PoisonError};
 
 use afterimage_mmu::mutation::{self, Mutation};
 
-use scenarios::{fault, invalidation, memslots, pages, precheck, stress, waiting, yielding};
+use scenarios::{fault, invalidation, memslots, pages, precheck, stress, waiting, words, yielding};
 
 /// A mutation is switched on for the whole process.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
@@ -58,6 +58,8 @@ rules! {
     an_end_bumps_the_sequence: EndKeepsSequence is noticed by
         precheck::any_end_since_the_snapshot_is_a_retry,
         precheck::a_page_looked_up_before_an_end_is_not_installed_after_it;
+    an_end_bumps_every_region_it_touched: EndForgetsLastRegion is noticed by
+        words::an_end_counts_in_the_regions_it_touched;
     the_snapshot_comes_first: SnapshotAfterFaultIn is noticed by
         precheck::a_page_looked_up_before_an_end_is_not_installed_after_it;
     a_zap_is_complete: ZapForgetsLastFrame is noticed by

@@ -77,7 +77,7 @@ struct Machine {
 
 impl Machine {
     fn new(precheck: Precheck) -> Arc<Self> {
-        let policy = Policy { precheck, yielding: YieldPolicy::Never };
+        let policy = Policy { precheck, yielding: YieldPolicy::Never, ..Policy::default() };
         let mmu = GuestMmu::new(OneEntry(AtomicU64::new(0)), policy);
         let slot = Memslot::new(SlotId(0), FRAME, 1, Hva::new(FRAME_BYTES));
         mmu.create_slot(slot).expect("the first slot");

@@ -6,11 +6,13 @@ use loom::thread;
 
 use super::{fails_without, holds};
 use crate::addr::{Gfn, GfnRange};
+use crate::invalidation::SequenceScope;
 use crate::mmu_lock::MmuLock;
 use crate::mutation::Mutation;
 use crate::platform::model::Loom;
 
 const FRAME: GfnRange = GfnRange::frame(Gfn::new(4));
+/// In another region, with a word of its own.
 const NEIGHBOUR: GfnRange = GfnRange::frame(Gfn::new(6));
 
 /// One frame: which page is behind it, and which page the table shows (0: none).
@@ -22,13 +24,17 @@ struct Frame {
 
 impl Frame {
     fn new() -> Arc<Self> {
-        Arc::new(Self { lock: MmuLock::new(), page: AtomicU64::new(1), entry: AtomicU64::new(0) })
+        Self::with_scope(SequenceScope::Global)
+    }
+
+    fn with_scope(scope: SequenceScope) -> Arc<Self> {
+        Arc::new(Self { lock: MmuLock::with_scope(scope), page: AtomicU64::new(1), entry: AtomicU64::new(0) })
     }
 
     /// A fault, as the path has it. The page is looked up without any ordering of its own.
     fn fault(&self) {
         let words = self.lock.invalidations();
-        let since = words.snapshot();
+        let since = words.snapshot_of(FRAME);
         if words.hint(since, FRAME).is_some() {
             return;
         }
@@ -53,7 +59,7 @@ impl Frame {
         assert_eq!(self.entry.load(Ordering::Relaxed), 0, "stale: installed inside");
         let mut guard = self.lock.write();
         assert_eq!(self.entry.load(Ordering::Relaxed), 0, "stale: installed inside");
-        guard.end().expect("it has begun and has a range");
+        guard.end_of(FRAME).expect("it has begun and has a range");
     }
 
     /// An invalidation of another frame.
@@ -62,7 +68,7 @@ impl Frame {
         guard.begin();
         guard.add_range(NEIGHBOUR).expect("it has begun");
         drop(guard);
-        self.lock.write().end().expect("it has begun and has a range");
+        self.lock.write().end_of(NEIGHBOUR).expect("it has begun and has a range");
     }
 
     fn assert_not_stale(&self) {
@@ -72,8 +78,15 @@ impl Frame {
 }
 
 fn a_fault_against_an_invalidation() {
-    let frame = Frame::new();
-    let other = Arc::clone(&frame);
+    one_against_one(&Frame::new());
+}
+
+fn a_fault_against_an_invalidation_of_its_region() {
+    one_against_one(&Frame::with_scope(SequenceScope::Region));
+}
+
+fn one_against_one(frame: &Arc<Frame>) {
+    let other = Arc::clone(frame);
     let vcpu = thread::spawn(move || other.fault());
     frame.replace(2);
     vcpu.join().expect("the fault does not panic");
@@ -94,8 +107,15 @@ fn two_faults_against_an_invalidation() {
 
 /// The invalidation of another frame overlaps: the hull grows, and outlives either.
 fn a_fault_against_two_invalidations() {
-    let frame = Frame::new();
-    let (other, neighbour) = (Arc::clone(&frame), Arc::clone(&frame));
+    one_against_two(&Frame::new());
+}
+
+fn a_fault_against_two_invalidations_of_two_regions() {
+    one_against_two(&Frame::with_scope(SequenceScope::Region));
+}
+
+fn one_against_two(frame: &Arc<Frame>) {
+    let (other, neighbour) = (Arc::clone(frame), Arc::clone(frame));
     let vcpu = thread::spawn(move || other.fault());
     let elsewhere = thread::spawn(move || neighbour.elsewhere());
     frame.replace(2);
@@ -141,6 +161,19 @@ fn loom_no_stale_entry_survives() {
     holds("fault twice, invalidation", 3, two_faults_against_an_invalidation);
     holds("fault, two invalidations in turn", 3, a_fault_against_two_changes_in_turn);
     holds("fault, two invalidations at once", 2, a_fault_against_two_invalidations);
+}
+
+#[test]
+fn loom_no_stale_entry_survives_with_a_sequence_by_region() {
+    holds("fault, invalidation", 5, a_fault_against_an_invalidation_of_its_region);
+    holds("fault, two invalidations at once", 2, a_fault_against_two_invalidations_of_two_regions);
+}
+
+#[test]
+fn loom_each_rule_of_a_sequence_by_region_is_needed() {
+    for rule in [Mutation::EndForgetsLastRegion, Mutation::EndKeepsSequence, Mutation::BumpRelaxed] {
+        fails_without(rule, &["stale: "], 3, a_fault_against_an_invalidation_of_its_region);
+    }
 }
 
 #[test]

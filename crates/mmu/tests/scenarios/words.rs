@@ -2,7 +2,7 @@
 
 use std::panic::catch_unwind;
 
-use afterimage_mmu::{Gfn, GfnRange, InvalidationError, MmuLock, Stale};
+use afterimage_mmu::{Gfn, GfnRange, InvalidationError, MmuLock, SequenceScope, Stale};
 
 use crate::support::platform::Threads;
 
@@ -50,6 +50,54 @@ pub(crate) fn a_verdict_knows_range_and_sequence() {
     assert_eq!(words.verify(&witness, before, gfns(40, 41)).err(), Some(Stale::SequenceMoved));
     let since = words.snapshot();
     assert_eq!(words.verify(&witness, since, gfns(4, 8)).expect("it is over").range(), gfns(4, 8));
+}
+
+/// Frames in a region.
+const REGION: u64 = 512;
+
+fn invalidate_once(lock: &MmuLock<Threads>, range: GfnRange) {
+    let mut guard = lock.write();
+    guard.begin();
+    guard.add_range(range).expect("it has begun");
+    drop(guard);
+    lock.write().end_of(range).expect("it has begun and has a range");
+}
+
+pub(crate) fn an_end_counts_in_the_regions_it_touched() {
+    let lock = MmuLock::<Threads>::with_scope(SequenceScope::Region);
+    let words = lock.invalidations();
+    let here = gfns(3 * REGION + 7, 3 * REGION + 8);
+    let block = gfns(3 * REGION, 4 * REGION);
+    let across = gfns(4 * REGION - 1, 4 * REGION + 1);
+    // An invalidated range, and which of the three it fails.
+    for (range, moved) in [
+        (gfns(3 * REGION, 3 * REGION + 1), [true, true, true]),
+        (gfns(0, 3 * REGION), [false, false, true]),
+        (gfns(0, 3 * REGION + 1), [true, true, true]),
+        (gfns(4 * REGION, 5 * REGION), [false, false, true]),
+        (gfns(100 * REGION, 101 * REGION), [false, false, true]),
+        (gfns(0, 1 << 40), [true, true, true]),
+    ] {
+        let since = [here, block, across].map(|frames| words.snapshot_of(frames));
+        invalidate_once(&lock, range);
+        let witness = lock.read();
+        for ((frames, since), moved) in [here, block, across].into_iter().zip(since).zip(moved) {
+            let expected = moved.then_some(Stale::SequenceMoved);
+            assert_eq!(words.hint(since, frames), expected, "{range} ended, {frames}");
+            assert_eq!(words.verify(&witness, since, frames).err(), expected, "{range} ended, {frames}");
+        }
+    }
+    // An end that does not say where counts everywhere; a snapshot of other frames counts nowhere.
+    let since = words.snapshot_of(here);
+    let mut guard = lock.write();
+    guard.begin();
+    guard.add_range(gfns(0, 1)).expect("it has begun");
+    guard.end().expect("it has begun and has a range");
+    drop(guard);
+    let witness = lock.read();
+    assert_eq!(words.verify(&witness, since, here).err(), Some(Stale::SequenceMoved));
+    let foreign = words.snapshot_of(gfns(0, 1));
+    assert_eq!(words.verify(&witness, foreign, here).err(), Some(Stale::SequenceMoved));
 }
 
 pub(crate) fn a_lock_given_up_before_the_range_refuses_everything() {

@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use afterimage_mmu::{
     Access, Blocking, Emulate, Fault, FaultError, FaultOutcome, Found, Gfn, GfnRange, GuestMmu, Invalidation,
-    Memslot, Pfn, Policy, Precheck, Requests, RetryPoint, SlotId, SpaceId, Vcpu, YieldPolicy, Zap,
+    Memslot, Pfn, Policy, Precheck, Requests, RetryPoint, SequenceScope, SlotId, SpaceId, Vcpu, YieldPolicy,
+    Zap,
 };
 
 use super::frames::{Frames, Stamp};
@@ -82,7 +83,7 @@ impl Machine {
 
 /// A policy with everything on, and no yields.
 pub(crate) fn both() -> Policy {
-    Policy { precheck: Precheck::all(), yielding: YieldPolicy::Never }
+    Policy { precheck: Precheck::all(), yielding: YieldPolicy::Never, scope: SequenceScope::Global }
 }
 
 /// The policy before the change: nothing is checked without the lock.
