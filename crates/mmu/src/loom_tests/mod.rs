@@ -41,12 +41,14 @@ fn explore(name: &str, preemptions: usize, model: impl Fn() + Send + Sync + 'sta
 
 /// The model holds in every schedule.
 fn holds(name: &str, preemptions: usize, model: impl Fn() + Send + Sync + 'static) {
+    if std::env::var_os(CHILD).is_some() {
+        return;
+    }
     let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     explore(name, preemptions, model);
 }
 
 /// Names the rule that a child of this process is to do without, and the model.
-#[cfg(feature = "mutations")]
 const CHILD: &str = "AFTERIMAGE_LOOM_WITHOUT";
 
 /// Without the rule the model fails in some schedule, and says one of `because` then.
@@ -68,7 +70,7 @@ where
             let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
             let binary = std::env::current_exe().expect("this test runs from a file");
             let child = std::process::Command::new(binary)
-                .args(["loom_each_rule", "--test-threads=1", "--nocapture"])
+                .args(["loom_", "--test-threads=1", "--nocapture"])
                 .env(CHILD, &case)
                 .output()
                 .expect("this test can start itself");
