@@ -1,8 +1,8 @@
 //! `afterimage host`: what this host offers, what is missing, what that stops, and what turns it on.
 //!
 //! In three steps, so that each can be tested with made-up hosts: `gather` reads `/proc`, `/sys` and `/dev` under a
-//! root directory ([`Files`]) and takes what only system calls can tell ([`Asked`]); `verdict` and [`missing`] judge the facts;
-//! `table` prints them. A fact that cannot be read is unknown, never an error and never "no".
+//! root directory ([`Files`]) and takes what only system calls can tell ([`Asked`]); `verdict` and `missing` judge
+//! the facts; `table` prints them. A fact that cannot be read is unknown, never an error and never "no".
 
 mod asked;
 mod facts;
