@@ -4,11 +4,11 @@ use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use afterimage_memory::{
-    Content, FileSource, InvalidationObserver, Kind, MemoryObject, MemoryView, ObjectOptions, ObjectPage, PageError,
-    Pattern, PatternSource, Source,
+    Content, FileSource, InvalidationObserver, Kind, MemoryObject, MemoryView, ObjectOptions, ObjectPage,
+    PageError, Pattern, PatternSource, Source,
 };
 use afterimage_mmu::{
-    FRAME_BYTES, Gfn, GfnRange, GuestMmu, Memslot, Notifier, PageSize, Pfn, PfnRange, Policy, SlotId,
+    FRAME_BYTES, Gfn, GfnRange, GuestMmu, Memslot, Notifier, PageSize, Pfn, PfnRange, SlotId,
 };
 use afterimage_uffd::{Backing, FaultReport, Features, Idle, Mapping, OpenOptions, UffdMmu, Workers};
 use afterimage_vm::{Discards, Guest, GuestMemory, GuestSpec, WORD_OFFSETS, Window, Windows};
@@ -16,15 +16,21 @@ use anyhow::{Context, Result};
 
 use super::options::RunPlan;
 
-/// Accesses of a vCPU between two of its discard requests.
-const DISCARD_EVERY: u64 = 512;
+/// Accesses of a vCPU between two of its discard requests, by the time that an access takes: huge pages are slow to
+/// come.
+fn discard_every(page_size: PageSize) -> u64 {
+    match page_size {
+        PageSize::Size4K => 8192,
+        PageSize::Size2M | PageSize::Size1G => 512,
+    }
+}
 /// Accesses of a vCPU between two reads of a page of any vCPU.
 const CROSS_EVERY: u64 = 64;
 
 /// The secondary MMU of a run.
 pub(crate) type RunMmu = GuestMmu<UffdMmu<ObjectPage>>;
 
-/// All parts of a run. Taken apart by [`Machine::stop`].
+/// All parts of a run. Taken apart by `stop`, in order.
 #[derive(Debug)]
 pub(crate) struct Machine {
     pub(crate) object: Arc<MemoryObject>,
@@ -59,7 +65,7 @@ impl Machine {
             uffds.push(open_options(plan).open().context("guest memory cannot be served")?);
         }
         let tables = UffdMmu::new(Arc::clone(&mapping), plan.backing, uffds, plan.workers)?;
-        let mmu = Arc::new(GuestMmu::new(tables, Policy { precheck: plan.precheck, ..Policy::default() }));
+        let mmu = Arc::new(GuestMmu::new(tables, plan.policy));
         mmu.create_slot(Memslot::new(SlotId(0), Gfn::new(0), frames, base))?;
         object.attach(base, Arc::clone(&mmu) as Arc<dyn Notifier>);
 
@@ -79,7 +85,7 @@ impl Machine {
         spec.cross_every = CROSS_EVERY;
         spec.tag_check = file.is_none();
         if plan.invalidate.contains(&Kind::Discard) {
-            spec.discards = Discards { every: DISCARD_EVERY, share: 0.25 };
+            spec.discards = Discards { every: discard_every(plan.page_size), share: 0.25 };
         }
         let guest = match &file {
             None => Guest::start(spec, |gfn| WORD_OFFSETS.map(|offset| pattern.word(gfn, offset / 8)))?,

@@ -132,7 +132,8 @@ impl Output {
         if path.as_os_str() == "-" {
             return Ok(Self::Standard);
         }
-        let file = File::create(path).with_context(|| format!("--json {} cannot be written", path.display()))?;
+        let file =
+            File::create(path).with_context(|| format!("--json {} cannot be written", path.display()))?;
         Ok(Self::File { file, path: path.to_owned() })
     }
 

@@ -5,14 +5,18 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use afterimage_memory::{FileSource, Kind};
-use afterimage_mmu::{PageSize, Precheck};
+use afterimage_mmu::{PageSize, Policy, Precheck, SequenceScope};
 use afterimage_uffd::{Backing, FaultOrigin, HugePages, OpenOptions};
-use afterimage_vm::{GuestKind, KvmProbe, Workload};
+use afterimage_vm::{GuestKind, KvmProbe, Locality, Workload};
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 
 use crate::units;
+
+/// How `stamp` moves: mostly in a working set of 1 MiB that is another one now and then, the rest anywhere. So most
+/// invalidations of warm memory meet a vCPU that runs in it, and all of memory is still visited.
+const LOCALITY: Locality = Locality { probability: 1.0 / 256.0, pages: 256, accesses: 30_000 };
 
 /// What can be asked of `run`.
 #[derive(Args, Clone, Debug)]
@@ -53,6 +57,9 @@ pub(crate) struct RunArgs {
     /// Where a fault looks, without the lock, whether it is doomed; "off" is Linux before d02c357e5bfa
     #[arg(long, value_enum, default_value_t = PrecheckChoice::Both)]
     precheck: PrecheckChoice,
+    /// Whose end makes a fault under way retry: of invalidations in the same region of 2 MiB, or, as in Linux, of any
+    #[arg(long, value_enum, default_value_t = SequenceChoice::Region)]
+    sequence: SequenceChoice,
     /// Number of userfaultfds that the memory is split over
     #[arg(long, default_value_t = 1)]
     uffds: usize,
@@ -122,6 +129,12 @@ enum PrecheckChoice {
     Off,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum SequenceChoice {
+    Region,
+    Global,
+}
+
 /// A safety rule that can be switched off to see that it is missed.
 #[cfg(feature = "mutations")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -155,7 +168,7 @@ pub(crate) struct RunPlan {
     pub(crate) source: Option<FileSource>,
     pub(crate) invalidate: Vec<Kind>,
     pub(crate) pressure: u32,
-    pub(crate) precheck: Precheck,
+    pub(crate) policy: Policy,
     pub(crate) origin: FaultOrigin,
     pub(crate) uffds: usize,
     pub(crate) workers: usize,
@@ -178,6 +191,7 @@ pub(crate) struct ShownOptions {
     invalidate: Vec<&'static str>,
     pressure: u32,
     precheck: &'static str,
+    sequence: &'static str,
     uffds: usize,
     workers: usize,
     seed: u64,
@@ -206,7 +220,8 @@ impl RunArgs {
             units::show_bytes(resident),
             units::show_bytes(memory)
         );
-        for (option, count) in [("--vcpus", self.vcpus), ("--uffds", self.uffds), ("--workers", self.workers)] {
+        for (option, count) in [("--vcpus", self.vcpus), ("--uffds", self.uffds), ("--workers", self.workers)]
+        {
             ensure!(
                 (1..=afterimage_vm::MAX_VCPUS).contains(&count),
                 "{option} is {count}, and must be from 1 to {}",
@@ -237,7 +252,7 @@ impl RunArgs {
             BackingChoice::Anonymous => Backing::Anonymous,
         };
         let workload = match self.workload {
-            WorkloadChoice::Stamp => Workload::STAMP,
+            WorkloadChoice::Stamp => Workload::Stamp { locality: Some(LOCALITY) },
             WorkloadChoice::Scan => Workload::Scan,
             WorkloadChoice::Hot => Workload::HOT,
         };
@@ -246,6 +261,10 @@ impl RunArgs {
             PrecheckChoice::Before => (Precheck::BEFORE_FAULT_IN, "before"),
             PrecheckChoice::After => (Precheck::AFTER_FAULT_IN, "after"),
             PrecheckChoice::Off => (Precheck::empty(), "off"),
+        };
+        let (scope, sequence_name) = match self.sequence {
+            SequenceChoice::Region => (SequenceScope::Region, "region"),
+            SequenceChoice::Global => (SequenceScope::Global, "global"),
         };
         #[cfg(feature = "mutations")]
         break_rule(self.broken);
@@ -261,6 +280,7 @@ impl RunArgs {
             invalidate: kinds.iter().map(|kind| kind.name()).collect(),
             pressure: self.pressure,
             precheck: precheck_name,
+            sequence: sequence_name,
             uffds: self.uffds,
             workers: self.workers,
             seed: self.seed,
@@ -279,7 +299,7 @@ impl RunArgs {
             source,
             invalidate: kinds,
             pressure: self.pressure,
-            precheck,
+            policy: Policy { precheck, scope, ..Policy::default() },
             origin,
             uffds: self.uffds,
             workers: self.workers,
@@ -294,7 +314,9 @@ impl RunArgs {
             (Some(bytes), _) => Ok(bytes),
             (None, Some(path)) => {
                 let about = std::fs::metadata(path);
-                Ok(about.with_context(|| format!("the memory file {} cannot be opened", path.display()))?.len())
+                Ok(about
+                    .with_context(|| format!("the memory file {} cannot be opened", path.display()))?
+                    .len())
             }
             (None, None) => Ok(256 << 20),
         }

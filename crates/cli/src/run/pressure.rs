@@ -14,6 +14,11 @@ use super::options::RunPlan;
 
 /// How often the budget and the guest's mailbox are looked at.
 const LOOK_EVERY: Duration = Duration::from_micros(200);
+/// A vCPU that makes so many accesses in so short a time runs, and does not wait for pages.
+const RUNNING_LOOK: Duration = Duration::from_micros(10);
+const RUNNING_MOVES: u32 = 30;
+/// What an eviction beyond the budget's takes: 128 KiB, or a huge page.
+const EVICT_FRAMES: u64 = 32;
 /// Checkpoints a second, and how much of memory each takes: all of it in about four seconds.
 const CHECKPOINT_EVERY: Duration = Duration::from_millis(250);
 const CHECKPOINT_PARTS: u64 = 16;
@@ -59,7 +64,8 @@ impl Pressure {
             let reach = reach.clone();
             match kind {
                 Kind::Evict => {
-                    let (per_second, batch) = (plan.pressure, plan.batch_pages * plan.page_size.frames());
+                    let per_second = plan.pressure;
+                    let batch = EVICT_FRAMES.max(plan.page_size.frames());
                     pressure.spawn("evict", move || evict(&reach, per_second, batch))?;
                 }
                 Kind::Discard => pressure.spawn("discard", move || discard(&reach))?,
@@ -106,26 +112,40 @@ fn keep_budget(reach: &Reach) -> Result<(), MemoryError> {
     Ok(())
 }
 
-/// Evicts, at an even pace, the memory around where a vCPU is at that moment: warm memory, so that faults meet the
-/// invalidation.
+/// Evicts, at an even pace, the memory around where a vCPU is running at that moment: warm memory, so that faults meet
+/// the invalidation. A turn in which no vCPU runs, since all wait for pages, is skipped.
 fn evict(reach: &Reach, per_second: u32, batch: u64) -> Result<(), MemoryError> {
     let Some(pause) = Duration::from_secs(1).checked_div(per_second) else { return Ok(()) };
-    let mut next = Instant::now();
-    let mut vcpu = 0;
+    let mut due = Instant::now();
     while reach.is_running() {
-        next += pause;
-        let now = Instant::now();
-        if next > now {
-            thread::sleep((next - now).min(Duration::from_millis(100)));
-        } else {
-            // Behind: evictions are slower than asked for. Go on from here.
-            next = now;
+        // Where evictions are slower than asked for, go on from now.
+        due = (due + pause).max(Instant::now());
+        while Instant::now() < due && reach.is_running() {
+            thread::sleep(due.saturating_duration_since(Instant::now()).min(LOOK_EVERY));
         }
-        vcpu = (vcpu + 1) % reach.guest.vcpus();
-        let at = reach.guest.current_gfn(vcpu);
-        reach.object.evict(reach.whole_pages(around(at, batch, reach.object.frames())))?;
+        let turn_ends = due + pause;
+        while Instant::now() < turn_ends {
+            if let Some(at) = (0..reach.guest.vcpus()).find_map(|vcpu| running_at(&reach.guest, vcpu)) {
+                reach.object.evict(reach.whole_pages(around(at, batch, reach.object.frames())))?;
+                break;
+            }
+            thread::sleep(LOOK_EVERY);
+        }
     }
     Ok(())
+}
+
+/// The frame that `vcpu` is at, if it is running through resident memory just now, and not from one fault to the next.
+fn running_at(guest: &GuestHandle, vcpu: usize) -> Option<Gfn> {
+    let mut last = guest.current_gfn(vcpu);
+    let mut moves = 0;
+    let started = Instant::now();
+    while started.elapsed() < RUNNING_LOOK {
+        let now = guest.current_gfn(vcpu);
+        moves += u32::from(now != last);
+        last = now;
+    }
+    (moves >= RUNNING_MOVES).then_some(last)
 }
 
 /// `frames` frames that hold `gfn`, aligned to their number.

@@ -229,7 +229,11 @@ impl Display for RunReport {
         let per_second = |count: u64| show_count((count as f64 / seconds.max(0.001)) as u64);
 
         writeln!(f, "guest")?;
-        row(f, "verified accesses", &format!("{} ({}/s)", show_count(self.accesses), per_second(self.accesses)))?;
+        row(
+            f,
+            "verified accesses",
+            &format!("{} ({}/s)", show_count(self.accesses), per_second(self.accesses)),
+        )?;
         row(f, "wrong pages", &show_count(self.wrong_pages))?;
         for (name, latency) in [("outside", self.latency_ns.outside), ("inside", self.latency_ns.inside)] {
             let Latency { count, p50, p99, p999, max } = latency;
@@ -294,10 +298,15 @@ impl Display for RunReport {
 
         writeln!(f, "memory")?;
         let Resident { budget, batch, peak } = self.resident_bytes;
-        let resident =
-            format!("peak {} of {} (and a batch of {})", show_bytes(peak), show_bytes(budget), show_bytes(batch));
+        let resident = format!(
+            "peak {} of {} (and a batch of {})",
+            show_bytes(peak),
+            show_bytes(budget),
+            show_bytes(batch)
+        );
         row(f, "resident", &resident)?;
-        let stored = format!("{} for {} frames", show_bytes(self.stored_bytes), show_count(self.memory.stored_frames));
+        let stored =
+            format!("{} for {} frames", show_bytes(self.stored_bytes), show_count(self.memory.stored_frames));
         row(f, "stored", &stored)?;
         row(f, "saved", &show_bytes(self.memory.saved_bytes))?;
         let Memory { from_source_frames, from_store_frames, from_zero_frames, .. } = self.memory;
