@@ -146,6 +146,9 @@ impl<S: SecondaryMmu> GuestMmu<S> {
 
     /// Parks until no active invalidation covers a frame of `range`; returns at once if none does.
     ///
+    /// A [`Retry`](crate::Retry) because the slot is changing has nothing to do with invalidations: this returns at once then,
+    /// and the caller had better give the CPU away before it tries again.
+    ///
     /// Costs no CPU, and no lock: an invalidation that is ending is either seen here as over, or sees the waiter.
     pub fn wait(&self, range: GfnRange) {
         loop {

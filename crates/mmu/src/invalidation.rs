@@ -171,7 +171,9 @@ impl Invalidations {
     /// The word that every invalidation which touches a frame of `range` bumps at its end.
     #[inline]
     fn word_of(&self, range: GfnRange) -> usize {
-        let (first, last) = (range.start.as_u64() >> REGION_SHIFT, (range.end.as_u64() - 1) >> REGION_SHIFT);
+        // An empty range has no last frame, and nothing can be installed for it: any word will do.
+        let (first, last) = (range.start.as_u64(), range.end.as_u64().saturating_sub(1));
+        let (first, last) = (first >> REGION_SHIFT, last >> REGION_SHIFT);
         match self.scope {
             SequenceScope::Region if first == last => 1 + first as usize % REGIONS,
             SequenceScope::Region | SequenceScope::Global => ALL,
@@ -190,7 +192,10 @@ impl Invalidations {
         None
     }
 
-    /// The check that counts. `witness` must belong to the lock of these words (it is debug-checked).
+    /// The check that counts.
+    ///
+    /// # Panics
+    /// If `witness` belongs to another lock than these words: it would keep nothing still.
     #[inline]
     pub fn verify<'w, W: Witness>(
         &self,
@@ -198,7 +203,7 @@ impl Invalidations {
         since: Snapshot,
         range: GfnRange,
     ) -> Result<Fresh<'w>, Stale> {
-        debug_assert!(core::ptr::eq(witness.invalidations(), self), "a witness of another virtual machine");
+        assert!(core::ptr::eq(witness.invalidations(), self), "a witness of another virtual machine");
         let fresh = Fresh { range, witness: PhantomData };
         if mutation::active(Mutation::VerifyAlwaysFresh) {
             return Ok(fresh);

@@ -180,6 +180,9 @@ impl<P: Platform> VcpuWords<P> {
     }
 
     /// Asks every vCPU, kicks those that are in the guest, and returns when all of those have left it.
+    ///
+    /// No vCPU can be made or dropped meanwhile. So the caller must not be in the guest itself, and a thread with a vCPU in
+    /// the guest must leave it before it makes or drops another.
     pub fn request_and_wait(&self, requests: Requests, kick: impl Fn(usize)) {
         self.flushes.fetch_add(u64::from(requests.contains(Requests::FLUSH_TLB)), Ordering::Relaxed);
         let words = self.words.read();

@@ -106,6 +106,7 @@ tests! {
         what_is_not_paired_is_told,
         a_verdict_knows_range_and_sequence,
         an_end_counts_in_the_regions_it_touched,
+        a_witness_of_another_machine_is_refused,
         a_lock_given_up_before_the_range_refuses_everything,
         guards_give_the_lock_up_on_every_way_out,
         a_panic_while_the_lock_is_given_up_does_not_unlock_it_twice,

@@ -96,8 +96,17 @@ pub(crate) fn an_end_counts_in_the_regions_it_touched() {
     drop(guard);
     let witness = lock.read();
     assert_eq!(words.verify(&witness, since, here).err(), Some(Stale::SequenceMoved));
+    // Nothing is refused for a range of nothing, not even at the very bottom.
+    assert_eq!(words.hint(words.snapshot_of(gfns(0, 0)), gfns(0, 0)), None);
     let foreign = words.snapshot_of(gfns(0, 1));
     assert_eq!(words.verify(&witness, foreign, here).err(), Some(Stale::SequenceMoved));
+}
+
+pub(crate) fn a_witness_of_another_machine_is_refused() {
+    let (here, there) = (MmuLock::<Threads>::new(), MmuLock::<Threads>::new());
+    let since = here.invalidations().snapshot();
+    let foreign = || drop(here.invalidations().verify(&there.read(), since, gfns(0, 1)));
+    assert!(catch_unwind(foreign).is_err(), "it keeps nothing still here");
 }
 
 pub(crate) fn a_lock_given_up_before_the_range_refuses_everything() {
