@@ -110,8 +110,10 @@ impl Counters {
     }
 
     pub(crate) fn took(&self, kind: Kind, duration: Duration) {
-        let mut durations = self.kinds[kind as usize].durations.lock().unwrap_or_else(PoisonError::into_inner);
-        durations.saturating_record(u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX));
+        let mut durations =
+            self.kinds[kind as usize].durations.lock().unwrap_or_else(PoisonError::into_inner);
+        let ns = u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
+        durations.record(ns).expect("the histogram grows by itself");
     }
 
     /// `resident` and `peak` are filled in by the object.
@@ -135,5 +137,24 @@ impl Counters {
             resident_bytes: 0,
             peak_bytes: 0,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn long_invalidations_are_counted_as_long_as_they_were() {
+        let counters = Counters::new();
+        for millis in [1, 20, 20, 3_000] {
+            counters.took(Kind::Evict, Duration::from_millis(millis));
+        }
+        let stats = counters.get();
+        let evict = stats.of(Kind::Evict);
+        assert_eq!(evict.count, 4);
+        assert!((19..=21).contains(&evict.median.as_millis()), "{:?}", evict.median);
+        assert!((2_950..=3_050).contains(&evict.longest.as_millis()), "{:?}", evict.longest);
+        assert_eq!(stats.of(Kind::Discard).count, 0);
     }
 }
