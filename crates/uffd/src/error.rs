@@ -284,6 +284,15 @@ pub enum UffdError {
         gone: Gone,
     },
 
+    /// A page that was resident in anonymous memory is not there any more.
+    #[error(
+        "the anonymous page at {range} was resident and is gone: it was dropped past its owner, or with its memslot"
+    )]
+    Dropped {
+        /// The page.
+        range: HvaRange,
+    },
+
     /// Memory cannot be split as asked.
     #[error(
         "{pages} pages cannot be served through {descriptors} userfaultfds by {workers} workers: at least one of each \

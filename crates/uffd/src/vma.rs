@@ -6,12 +6,12 @@
 //! | lift write protection | `UFFDIO_WRITEPROTECT` | the same |
 //! | zap | `MADV_DONTNEED`: the page stays in the cache | `MADV_DONTNEED`: **frees the page** |
 //! | write-protect | `UFFDIO_WRITEPROTECT` | the same |
-//! | poison | `UFFDIO_POISON` | the same |
+//! | poison, or a map that cannot be | `UFFDIO_POISON` | the same |
 //! | flush | done by the kernel in each of these calls | the same |
 //! | age | zap the PTE, keep the page, see who comes back | – |
 //!
 //! In anonymous memory the mapping *is* the page: whoever wants the bytes must take them before an unmap, for which
-//! [`Zap::WriteProtect`] is there.
+//! [`Zap::WriteProtect`] is there. So there a memslot that is deleted or moved takes its pages' bytes with it.
 //!
 //! The memory can be split over several userfaultfds, each with a part of the range: one descriptor has one
 //! wait-queue lock, which many vCPUs fight for.
@@ -169,13 +169,10 @@ impl<Page> UffdMmu<Page> {
         self.parts.get(index).filter(|part| part.range.covers(range)).map(|part| &part.uffd)
     }
 
-    /// Poisons the page at `range`, whatever the protocol says: for faults that nothing else can end.
-    pub(crate) fn poison_at(&self, range: HvaRange) -> Result<(), UffdError> {
-        let uffd =
-            self.uffd_at(range).ok_or(UffdError::OutOfMapping { range, mapping: self.mapping.range() })?;
-        // A page that is there now needs no poison, and has been woken.
-        let _ = uffd.poison(range, Wake::Now)?;
-        Ok(())
+    /// Poisons the page at `range`, whatever the protocol says: for faults that nothing else can end. A page that is there
+    /// by now needs no poison, and its waiters have been woken.
+    pub(crate) fn poison_at(&self, range: HvaRange) -> Result<Mapped, UffdError> {
+        self.on_part(range, Operation::Poison, |uffd| uffd.poison(range, Wake::Now))
     }
 
     fn on_part(
@@ -195,6 +192,15 @@ impl<Page> UffdMmu<Page> {
         }
     }
 
+    /// Poisons the page at `range` because of `error`. Here, with the witness still held: later a discard could have made
+    /// zeros of it, and they would be poisoned.
+    fn fail_closed(&self, range: HvaRange, error: UffdError) -> Result<Mapped, UffdError> {
+        match self.on_part(range, Operation::Poison, |uffd| uffd.poison(range, Wake::Now))? {
+            Mapped::Fixed => Err(error),
+            there => Ok(there),
+        }
+    }
+
     /// Panics rather than go on with a translation that the guest could still use: its page would be freed under it.
     /// [`new`](Self::new) has tried it on this mapping, and the engine gives ranges of this mapping only.
     fn unmap(&self, range: HvaRange) {
@@ -211,6 +217,12 @@ impl<Page> UffdMmu<Page> {
                 match part.uffd.write_protect(mine) {
                     Ok(Resolved::Done) => break,
                     Ok(Resolved::Changing) => rustix::thread::sched_yield(),
+                    // Protecting absent shared pages takes page tables. Without a translation nobody writes either.
+                    Ok(Resolved::NoMemory) if self.backing == Backing::Shared => {
+                        self.unmap(mine);
+                        break;
+                    }
+                    Ok(Resolved::NoMemory) => rustix::thread::sched_yield(),
                     // As for `unmap`. A process that has ended writes no more.
                     Ok(Resolved::Gone(Gone::Process)) => break,
                     other => panic!("memory that must be write-protected cannot be: {other:?}"),
@@ -243,27 +255,20 @@ impl<Page: VmaPage> SecondaryMmu for UffdMmu<Page> {
         _cache: &mut (),
     ) -> Result<Mapped, UffdError> {
         let range = slot.hvas_of(fresh.range());
-        if fault.found == Found::Present {
-            return self
-                .on_part(range, Operation::WriteProtect, |uffd| uffd.write_unprotect(range, Wake::Now));
-        }
-        match page.place() {
+        let mapped = match page.place() {
+            _ if fault.found == Found::Present => {
+                self.on_part(range, Operation::WriteProtect, |uffd| uffd.write_unprotect(range, Wake::Now))
+            }
             Place::Bytes(bytes) => self.on_part(range, Operation::Copy, |uffd| {
                 uffd.copy(range.start, bytes, Protection::Writable, Wake::Now)
             }),
             Place::Cached => self.on_part(range, Operation::Continue, |uffd| {
                 uffd.continue_minor(range, Protection::Writable, Wake::Now)
             }),
-            // Poison does not go over a page that is there: one call tells, and fails closed.
-            Place::Mapped => {
-                match self.on_part(range, Operation::Poison, |uffd| uffd.poison(range, Wake::Now))? {
-                    Mapped::Fixed => {
-                        Err(UffdError::Lost { operation: Operation::Copy, range, gone: Gone::CachePage })
-                    }
-                    other => Ok(other),
-                }
-            }
-        }
+            // There is nothing to install. Poison goes over no page that is there, so one call tells.
+            Place::Mapped => return self.fail_closed(range, UffdError::Dropped { range }),
+        };
+        mapped.or_else(|error| self.fail_closed(range, error))
     }
 
     fn poison(&self, fresh: Fresh<'_>, slot: &Memslot) -> Result<Mapped, UffdError> {
@@ -324,9 +329,13 @@ impl Doorbell {
         fence(Ordering::SeqCst);
     }
 
-    /// Awake again: forget what rang.
+    /// Awake again: no more rings.
     pub(crate) fn awake(&self) {
         self.waiting.store(0, Ordering::Relaxed);
+    }
+
+    /// Forgets that it rang. What the ring was about must be looked at after this.
+    pub(crate) fn answer(&self) {
         let _ = rustix::io::read(&self.bell, &mut [0; 8]);
     }
 

@@ -12,8 +12,11 @@
 //! # What ends a fault
 //!
 //! Mapped: the kernel wakes whoever waits. Poisoned: they get SIGBUS. Nothing else: a fault whose page cannot be had is
-//! poisoned, never left asleep and never given other bytes. Parked faults of a worker that is stopped stay asleep: stop
-//! the guest first.
+//! poisoned, never left asleep and never given other bytes. One for which there is no memory is tried again for a while
+//! ([`Idle::scarcity`]), since memory can come back, and poisoned then.
+//!
+//! Two kinds of fault wait as long as it takes: those on memory that is in no memslot, which may be in one again, and
+//! those of a worker that is stopped. Stop the guest first.
 
 use std::io;
 use std::sync::Arc;
@@ -22,8 +25,8 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use afterimage_mmu::{
-    Access, Emulate, Fault, FaultError, FaultOutcome, Found, Gfn, GfnRange, GuestMmu, Hva, HvaRange,
-    PrimaryMmu, Retry, RetryPoint, Vcpu,
+    Access, Emulate, Fault, FaultError, FaultInError, FaultOutcome, Found, Gfn, GfnRange, GuestMmu, Hva,
+    HvaRange, Mapped, Memslot, Patience, PrimaryMmu, Retry, RetryPoint, Snapshot, Vcpu,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -34,12 +37,14 @@ use crate::{Event, EventBuffer, FaultKind, UffdError, UffdMmu, VmaPage};
 pub struct Idle {
     /// How long to look for new faults before sleeping.
     pub spin: Duration,
+    /// How long a fault waits for memory, where there is none, before its page is poisoned.
+    pub scarcity: Duration,
 }
 
 impl Default for Idle {
-    /// 20 µs: less than a wake-up costs on most machines.
+    /// 20 µs of looking, less than a wake-up costs on most machines; 10 s without memory.
     fn default() -> Self {
-        Self { spin: Duration::from_micros(20) }
+        Self { spin: Duration::from_micros(20), scarcity: Duration::from_secs(10) }
     }
 }
 
@@ -104,10 +109,7 @@ impl Workers {
         for number in 0..mmu.secondary().workers() {
             let (mmu, primary, stop, report) =
                 (Arc::clone(mmu), Arc::clone(primary), Arc::clone(&stop), report.clone());
-            let body = move || {
-                let mut worker = Worker::new(&mmu, &*primary, number, report);
-                worker.run(idle, &stop.asked)
-            };
+            let body = move || Worker::new(&mmu, &*primary, number, idle, report).run(&stop.asked);
             match thread::Builder::new().name(format!("uffd-worker-{number}")).spawn(body) {
                 Ok(thread) => workers.threads.push(thread),
                 Err(error) => {
@@ -166,14 +168,26 @@ struct Raised {
 #[derive(Clone, Copy, Debug)]
 struct Parked {
     raised: Raised,
-    /// What it waits for: the end of whatever covers these frames; none: just a while.
-    covered: Option<GfnRange>,
+    awaits: Await,
+    /// Since when there is no memory for it.
+    scarce_since: Option<Instant>,
+}
+
+/// What a parked fault waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Await {
+    /// The end of whatever covers these frames.
+    End(GfnRange),
+    /// Memory. Also another's change of the same entry, which is over in a moment.
+    Memory,
+    /// A memslot.
+    Slot,
 }
 
 /// What became of one try.
 enum Tried {
     Ended,
-    Again(Option<GfnRange>),
+    Again(Await),
 }
 
 struct Worker<'m, Page: VmaPage, M: PrimaryMmu<Page = Page>, R> {
@@ -181,6 +195,7 @@ struct Worker<'m, Page: VmaPage, M: PrimaryMmu<Page = Page>, R> {
     primary: &'m M,
     vcpu: Vcpu<'m, UffdMmu<Page>>,
     number: usize,
+    idle: Idle,
     parked: Vec<Parked>,
     report: R,
 }
@@ -191,17 +206,21 @@ where
     M: PrimaryMmu<Page = Page>,
     R: Fn(FaultReport<M::Error>),
 {
-    fn new(mmu: &'m GuestMmu<UffdMmu<Page>>, primary: &'m M, number: usize, report: R) -> Self {
-        Self { mmu, primary, vcpu: mmu.vcpu(), number, parked: Vec::new(), report }
+    fn new(mmu: &'m GuestMmu<UffdMmu<Page>>, primary: &'m M, number: usize, idle: Idle, report: R) -> Self {
+        Self { mmu, primary, vcpu: mmu.vcpu(), number, idle, parked: Vec::new(), report }
     }
 
-    fn run(&mut self, idle: Idle, stop: &AtomicBool) -> Result<(), UffdError> {
+    fn run(&mut self, stop: &AtomicBool) -> Result<(), UffdError> {
+        let secondary = self.mmu.secondary();
+        let doorbell = PollFd::new(secondary.doorbell(self.number), PollFlags::IN);
+        let uffds = secondary.uffds_of(self.number).map(|uffd| PollFd::new(uffd, PollFlags::IN));
+        let mut polled: Vec<_> = [doorbell].into_iter().chain(uffds).collect();
         let mut buffer = EventBuffer::with_capacity(BATCH);
         let mut raised = Vec::with_capacity(BATCH);
         let mut quiet_since = None;
         while !stop.load(Ordering::Acquire) {
             let mut found = 0;
-            for uffd in self.mmu.secondary().uffds_of(self.number) {
+            for uffd in secondary.uffds_of(self.number) {
                 raised.extend(uffd.read_events(&mut buffer)?.filter_map(|event| self.raised_by(&event)));
                 found += raised.len();
                 for fault in raised.drain(..) {
@@ -214,11 +233,11 @@ where
                 continue;
             }
             let now = Instant::now();
-            if now - *quiet_since.get_or_insert(now) < idle.spin {
+            if now - *quiet_since.get_or_insert(now) < self.idle.spin {
                 core::hint::spin_loop();
                 continue;
             }
-            self.sleep()?;
+            self.sleep(&mut polled)?;
             quiet_since = None;
         }
         Ok(())
@@ -247,16 +266,17 @@ where
         if self.parked.iter().any(known) {
             return Ok(());
         }
-        if let Tried::Again(covered) = self.attempt(raised)? {
-            self.parked.push(Parked { raised, covered });
+        if let Tried::Again(awaits) = self.attempt(raised, Hope::Left)? {
+            let scarce_since = (awaits == Await::Memory).then(Instant::now);
+            self.parked.push(Parked { raised, awaits, scarce_since });
         }
         Ok(())
     }
 
-    fn attempt(&mut self, raised: Raised) -> Result<Tried, UffdError> {
+    fn attempt(&mut self, raised: Raised, hope: Hope) -> Result<Tried, UffdError> {
         let Some((space, gfn)) = self.vcpu.gfn_at(raised.page) else {
             // No memslot, or none any more: its memory is nobody's to fill until there is one again.
-            return Ok(Tried::Again(None));
+            return Ok(Tried::Again(Await::Slot));
         };
         let mut fault = Fault { space, gfn, access: raised.access, found: raised.found, ..Fault::default() };
         let mut outcome = self.vcpu.handle_fault(self.primary, &fault);
@@ -265,32 +285,74 @@ where
             fault.access = Access::READ;
             outcome = self.vcpu.handle_fault(self.primary, &fault);
         }
-        match outcome {
-            Ok(FaultOutcome::Fixed | FaultOutcome::FixedFast | FaultOutcome::Spurious) => Ok(Tried::Ended),
-            Ok(FaultOutcome::Retry(Retry {
-                point: RetryPoint::LostRace | RetryPoint::SlotChanging, ..
-            }))
-            | Ok(FaultOutcome::Emulate(_) | FaultOutcome::WriteProtected)
-            | Err(FaultError::NoMemory(_) | FaultError::Interrupted(_) | FaultError::SlotChanging(_)) => {
-                Ok(Tried::Again(None))
-            }
-            Ok(FaultOutcome::Retry(retry)) => Ok(Tried::Again(Some(retry.range))),
-            Err(error @ FaultError::Poisoned { .. }) => {
-                (self.report)(FaultReport { gfn, error });
+        match (outcome, hope) {
+            (Ok(FaultOutcome::Fixed | FaultOutcome::FixedFast | FaultOutcome::Spurious), _) => {
                 Ok(Tried::Ended)
             }
-            Err(error) => {
-                self.poison(raised)?;
-                (self.report)(FaultReport { gfn, error });
-                Ok(Tried::Ended)
+            (Ok(FaultOutcome::Retry(Retry { point: RetryPoint::LostRace, .. })), Hope::Left)
+            | (Err(FaultError::NoMemory(_) | FaultError::Interrupted(_)), Hope::Left) => {
+                Ok(Tried::Again(Await::Memory))
             }
+            (Ok(FaultOutcome::Retry(Retry { point: RetryPoint::SlotChanging, .. })), _)
+            | (Ok(FaultOutcome::Emulate(_) | FaultOutcome::WriteProtected), _)
+            | (Err(FaultError::SlotChanging(_)), _) => Ok(Tried::Again(Await::Slot)),
+            (Ok(FaultOutcome::Retry(Retry { point: RetryPoint::LostRace, .. })), Hope::Gone) => {
+                self.poison(raised, gfn, FaultError::NoMemory(gfn))
+            }
+            (Ok(FaultOutcome::Retry(retry)), _) => Ok(Tried::Again(Await::End(retry.range))),
+            (Err(FaultError::NoMemory(_) | FaultError::Interrupted(_) | FaultError::NoPage { .. }), _) => {
+                self.try_last(raised, &fault)
+            }
+            // In both cases the secondary MMU has put the poison there.
+            (Err(error @ (FaultError::Poisoned { .. } | FaultError::CannotMap { .. })), _) => {
+                Ok(self.ended_badly(gfn, error))
+            }
+            (Err(error), _) => self.poison(raised, gfn, error),
         }
     }
 
-    fn poison(&self, raised: Raised) -> Result<(), UffdError> {
+    /// The page cannot be had. Asks once more, and has the engine install poison in the page's place, checked against
+    /// invalidations like any page: a discard in between makes zeros of it, which can be had.
+    fn try_last(&mut self, raised: Raised, fault: &Fault) -> Result<Tried, UffdError> {
+        let gfn = fault.gfn;
+        match self.vcpu.handle_fault(&LastTry(self.primary), fault) {
+            Err(FaultError::Poisoned { cause: Some(cause), .. }) => {
+                Ok(self.ended_badly(gfn, FaultError::NoPage { gfn, cause }))
+            }
+            Err(FaultError::Poisoned { cause: None, .. }) => {
+                Ok(self.ended_badly(gfn, FaultError::NoMemory(gfn)))
+            }
+            Err(FaultError::CannotMap { cause, .. }) => {
+                Ok(self.ended_badly(gfn, FaultError::CannotMap { gfn, cause }))
+            }
+            Err(_) => self.poison(raised, gfn, FaultError::NoMemory(gfn)),
+            Ok(FaultOutcome::Fixed | FaultOutcome::FixedFast | FaultOutcome::Spurious) => Ok(Tried::Ended),
+            Ok(FaultOutcome::Retry(retry)) => Ok(Tried::Again(Await::End(retry.range))),
+            Ok(FaultOutcome::Emulate(_) | FaultOutcome::WriteProtected) => Ok(Tried::Again(Await::Slot)),
+        }
+    }
+
+    fn poison(
+        &self,
+        raised: Raised,
+        gfn: Gfn,
+        error: FaultError<M::Error, UffdError>,
+    ) -> Result<Tried, UffdError> {
         let secondary = self.mmu.secondary();
         let bytes = secondary.mapping().page_size().bytes();
-        secondary.poison_at(HvaRange::new(raised.page, raised.page + bytes))
+        match secondary.poison_at(HvaRange::new(raised.page, raised.page + bytes)) {
+            Ok(Mapped::LostRace) => Ok(Tried::Again(Await::Memory)),
+            // Nobody is left to wait.
+            Ok(Mapped::Fixed | Mapped::Spurious) | Err(UffdError::Lost { .. }) => {
+                Ok(self.ended_badly(gfn, error))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn ended_badly(&self, gfn: Gfn, error: FaultError<M::Error, UffdError>) -> Tried {
+        (self.report)(FaultReport { gfn, error });
+        Tried::Ended
     }
 
     /// Tries every parked fault that nothing covers. Returns how many got an end.
@@ -298,18 +360,30 @@ where
         let mut ended = 0;
         let mut index = 0;
         while let Some(parked) = self.parked.get(index).copied() {
-            let covered = parked.covered.is_some_and(|range| self.mmu.invalidations().covers(range));
-            if covered {
+            if let Await::End(range) = parked.awaits
+                && self.mmu.invalidations().covers(range)
+            {
                 index += 1;
                 continue;
             }
-            match self.attempt(parked.raised)? {
+            let hope = match parked.scarce_since {
+                Some(since) if since.elapsed() >= self.idle.scarcity => Hope::Gone,
+                _ => Hope::Left,
+            };
+            match self.attempt(parked.raised, hope)? {
                 Tried::Ended => {
                     self.parked.swap_remove(index);
                     ended += 1;
                 }
-                Tried::Again(covered) => {
-                    self.parked[index].covered = covered;
+                Tried::Again(awaits) => {
+                    let parked = &mut self.parked[index];
+                    parked.awaits = awaits;
+                    match awaits {
+                        Await::Memory => _ = parked.scarce_since.get_or_insert_with(Instant::now),
+                        // An invalidation in between says nothing about memory.
+                        Await::End(_) => {}
+                        Await::Slot => parked.scarce_since = None,
+                    }
                     index += 1;
                 }
             }
@@ -318,31 +392,68 @@ where
     }
 
     /// Sleeps until a fault comes, the doorbell rings, or a parked fault that waits for no end is due.
-    fn sleep(&mut self) -> Result<(), UffdError> {
-        let secondary = self.mmu.secondary();
-        let doorbell = secondary.doorbell(self.number);
+    fn sleep(&mut self, polled: &mut [PollFd<'_>]) -> Result<(), UffdError> {
+        let doorbell = self.mmu.secondary().doorbell(self.number);
         let mut timeout = None;
         if !self.parked.is_empty() {
             doorbell.expect_ring();
             for parked in &self.parked {
-                match parked.covered {
-                    Some(range) if self.mmu.invalidations().covers(range) => {}
+                match parked.awaits {
+                    Await::End(range) if self.mmu.invalidations().covers(range) => {}
                     // Its end came before the doorbell was armed.
-                    Some(_) => {
+                    Await::End(_) => {
                         doorbell.awake();
                         return Ok(());
                     }
-                    None => timeout = Timespec::try_from(PAUSE).ok(),
+                    Await::Memory | Await::Slot => timeout = Timespec::try_from(PAUSE).ok(),
                 }
             }
         }
-        let mut polled = vec![PollFd::new(doorbell, PollFlags::IN)];
-        polled.extend(secondary.uffds_of(self.number).map(|uffd| PollFd::new(uffd, PollFlags::IN)));
-        match poll(&mut polled, timeout.as_ref()) {
+        match poll(polled, timeout.as_ref()) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(errno) => return Err(UffdError::Poll { errno }),
         }
         doorbell.awake();
+        if !polled[0].revents().is_empty() {
+            doorbell.answer();
+        }
         Ok(())
+    }
+}
+
+/// Whether it pays to wait for what a fault lacks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Hope {
+    Left,
+    Gone,
+}
+
+/// The primary MMU, asked for the last time: what it does not give now is lost.
+struct LastTry<'m, M>(&'m M);
+
+impl<M: PrimaryMmu> PrimaryMmu for LastTry<'_, M> {
+    type Page = M::Page;
+    /// `None`: there is no memory.
+    type Error = Option<M::Error>;
+
+    fn fault_in(
+        &self,
+        slot: &Memslot,
+        fault: &Fault,
+        since: &Snapshot,
+        patience: Patience,
+    ) -> Result<M::Page, FaultInError<Self::Error>> {
+        self.0.fault_in(slot, fault, since, patience).map_err(|error| match error {
+            FaultInError::WouldWait => FaultInError::WouldWait,
+            FaultInError::ReadOnly => FaultInError::ReadOnly,
+            FaultInError::Interrupted | FaultInError::NoMemory => FaultInError::Poisoned(None),
+            FaultInError::Poisoned(cause) | FaultInError::Failed(cause) => {
+                FaultInError::Poisoned(Some(cause))
+            }
+        })
+    }
+
+    fn privacy(&self, gfn: Gfn) -> afterimage_mmu::Privacy {
+        self.0.privacy(gfn)
     }
 }
