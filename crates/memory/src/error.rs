@@ -213,6 +213,12 @@ pub enum MemoryError {
         /// What the system said.
         errno: Errno,
     },
+    /// The process cannot read its own anonymous memory.
+    #[error("anonymous memory needs /proc, and /proc/self/mem cannot be opened: {errno}")]
+    ProcMem {
+        /// What the system said.
+        errno: Errno,
+    },
     /// A page was lost before.
     #[error("the content of frame {frame} was lost earlier")]
     Lost {

@@ -8,8 +8,8 @@ use std::sync::Arc;
 use afterimage_mmu::{FRAME_BYTES, HvaRange, PageSize, Pfn, PfnRange};
 use afterimage_uffd::{Mapping, memfd, punch_hole};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use rustix::fs::FallocateFlags;
-use rustix::io::Errno;
+use rustix::fs::{FallocateFlags, Mode, OFlags};
+use rustix::io::{Errno, retry_on_intr};
 
 use crate::error::MemoryError;
 use crate::source::Content;
@@ -21,8 +21,9 @@ pub(crate) enum Memory {
     File(OwnedFd),
     /// A hugetlbfs file, which cannot be written by system call: a mapping of it that no guest uses.
     HugeFile { file: OwnedFd, window: Mapping },
-    /// Anonymous memory: the guest's mapping is the memory.
-    Mapping(Arc<Mapping>),
+    /// Anonymous memory: the guest's mapping is the memory. It is read through `/proc/self/mem`: a page that has got
+    /// lost is an error there, where a plain access would fault, and wait for whoever it is that reads.
+    Mapping { mapping: Arc<Mapping>, reader: OwnedFd },
 }
 
 /// Why a page could not be written.
@@ -53,11 +54,18 @@ impl Memory {
         Ok(Self::HugeFile { file, window })
     }
 
+    /// The memory that `mapping` is.
+    pub(crate) fn mapping(mapping: &Arc<Mapping>) -> Result<Self, MemoryError> {
+        let reader = rustix::fs::open("/proc/self/mem", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+            .map_err(|errno| MemoryError::ProcMem { errno })?;
+        Ok(Self::Mapping { mapping: Arc::clone(mapping), reader })
+    }
+
     /// The memory file, if there is one.
     pub(crate) fn as_file(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Self::File(file) | Self::HugeFile { file, .. } => Some(file.as_fd()),
-            Self::Mapping(_) => None,
+            Self::Mapping { .. } => None,
         }
     }
 
@@ -72,18 +80,18 @@ impl Memory {
                 }
                 let mut done = 0;
                 while done < bytes.len() {
-                    match rustix::io::pwrite(file, &bytes[done..], offset + done as u64) {
-                        Ok(0) => return Err(WriteError::NoMemory),
-                        Ok(written) => done += written,
-                        Err(Errno::INTR) => {}
-                        Err(errno) => return Err(errno.into()),
+                    match retry_on_intr(|| rustix::io::pwrite(file, &bytes[done..], offset + done as u64))? {
+                        0 => return Err(WriteError::NoMemory),
+                        written => done += written,
                     }
                 }
                 Ok(())
             }
             Self::HugeFile { file, window } => {
                 // An error here where a touch without a free huge page would be SIGBUS. The new page is zeros.
-                rustix::fs::fallocate(file, FallocateFlags::empty(), offset, bytes.len() as u64)?;
+                retry_on_intr(|| {
+                    rustix::fs::fallocate(file, FallocateFlags::empty(), offset, bytes.len() as u64)
+                })?;
                 if content == Content::Bytes {
                     let to = window_at(window, page);
                     // SAFETY: (1) the page lies in the window and is allocated; (2) nobody else uses it: it is
@@ -92,7 +100,7 @@ impl Memory {
                 }
                 Ok(())
             }
-            Self::Mapping(_) => Ok(()),
+            Self::Mapping { .. } => Ok(()),
         }
     }
 
@@ -100,21 +108,15 @@ impl Memory {
     pub(crate) fn read(&self, page: PfnRange, bytes: &mut [u8]) -> Result<(), Errno> {
         let offset = page.start.as_u64() * FRAME_BYTES;
         match self {
-            Self::File(file) => {
-                let mut done = 0;
-                while done < bytes.len() {
-                    match rustix::io::pread(file, &mut bytes[done..], offset + done as u64) {
-                        Ok(0) => return Err(Errno::IO),
-                        Ok(read) => done += read,
-                        Err(Errno::INTR) => {}
-                        Err(errno) => return Err(errno),
-                    }
-                }
+            Self::File(file) => read_all(file, offset, bytes),
+            Self::HugeFile { window, .. } => {
+                copy_out(window, page, bytes);
+                Ok(())
             }
-            Self::HugeFile { window: mapping, .. } => copy_out(mapping, page, bytes),
-            Self::Mapping(mapping) => copy_out(mapping, page, bytes),
+            Self::Mapping { mapping, reader } => {
+                read_all(reader, mapped_at(mapping, page).start.as_u64(), bytes)
+            }
         }
-        Ok(())
     }
 
     /// Frees the pages.
@@ -123,10 +125,21 @@ impl Memory {
             Self::File(file) | Self::HugeFile { file, .. } => {
                 punch_hole(file, pages.start.as_u64() * FRAME_BYTES, pages.len() * FRAME_BYTES)
             }
-            Self::Mapping(mapping) => mapping.zap(mapped_at(mapping, pages)),
+            Self::Mapping { mapping, .. } => mapping.zap(mapped_at(mapping, pages)),
         };
         done.map_err(MemoryError::Uffd)
     }
+}
+
+fn read_all(file: &OwnedFd, offset: u64, bytes: &mut [u8]) -> Result<(), Errno> {
+    let mut done = 0;
+    while done < bytes.len() {
+        match retry_on_intr(|| rustix::io::pread(file, &mut bytes[done..], offset + done as u64))? {
+            0 => return Err(Errno::IO),
+            read => done += read,
+        }
+    }
+    Ok(())
 }
 
 fn copy_out(mapping: &Mapping, page: PfnRange, bytes: &mut [u8]) {

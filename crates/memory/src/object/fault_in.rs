@@ -1,24 +1,25 @@
 //! Faulting a page in: from the source, the store or nothing to a resident page.
 //!
-//! In a memory file the page is filled here, under its lock, and stays resident whatever becomes of the fault. In
-//! anonymous memory there is no place for a page that is not mapped: its bytes are handed to the engine, and the page
-//! becomes resident when the engine gives the reference back as used, with the witness still held.
+//! A source is read with nothing held, since it can take as long as it likes. In a memory file the page is then filled
+//! under its lock, and stays resident whatever becomes of the fault. In anonymous memory there is no place for a page
+//! that is not mapped: its bytes are handed to the engine, and the page stays locked until the engine gives the
+//! reference back, with the witness still held. Used: it is resident. Unused: it is where it was.
 
 use core::fmt;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, PoisonError};
 
 use afterimage_mmu::{
-    FRAME_BYTES, Fault, FaultInError, Found, Hva, Memslot, PageRef, PageUse, Patience, Pfn, PfnRange, PrimaryMmu,
-    Snapshot,
+    FRAME_BYTES, Fault, FaultInError, Found, Hva, Memslot, PageRef, PageUse, Patience, Pfn, PfnRange,
+    PrimaryMmu, Snapshot,
     mutation::{self, Mutation},
 };
 use afterimage_uffd::{Place, VmaPage};
 
-use super::backing::{Memory, WriteError};
+use super::backing::WriteError;
 use super::buffer::Buffer;
 use super::pages::PageLock;
-use super::{MemoryObject, State};
+use super::{MemoryObject, Moved, State};
 use crate::error::MemoryError;
 use crate::source::Content;
 
@@ -62,6 +63,11 @@ impl MemoryView {
         &self.object
     }
 
+    /// Where the mapping begins.
+    pub fn base(&self) -> Hva {
+        self.base
+    }
+
     /// The frame of the object that the mapping shows at `hva`; `None` outside.
     pub fn frame_at(&self, hva: Hva) -> Option<Pfn> {
         let frame = Pfn::new(hva.checked_sub(self.base)? / FRAME_BYTES);
@@ -83,22 +89,27 @@ enum Held {
     /// Mapped already, in anonymous memory.
     Mapped,
     /// On its way to anonymous memory.
-    Bytes(Box<Arriving>),
+    Bytes(Arriving),
 }
 
+/// A page that is locked and has its place in the budget, until this is dropped.
 #[derive(Debug)]
 struct Arriving {
     object: Arc<MemoryObject>,
+    index: usize,
     from: State,
     bytes: Buffer,
-    /// Whether the page's place in the budget is still this fault's.
-    reserved: bool,
+    mapped: bool,
 }
 
 impl Drop for Arriving {
     fn drop(&mut self) {
-        if self.reserved {
-            self.object.unreserve(1);
+        let object = &self.object;
+        let lock = object.pages[self.index].kept();
+        if self.mapped {
+            object.became_resident(object.page_at(self.index), self.from, &lock);
+        } else {
+            object.unreserve(1);
         }
     }
 }
@@ -113,9 +124,8 @@ impl PageRef for ObjectPage {
     }
 
     fn release(self, used: PageUse) {
-        if let (Held::Bytes(mut arriving), PageUse::Clean | PageUse::Dirty) = (self.held, used) {
-            let kept = arriving.object.arrived(self.page, arriving.from);
-            arriving.reserved &= !kept;
+        if let Held::Bytes(mut arriving) = self.held {
+            arriving.mapped = used != PageUse::Unused;
         }
     }
 }
@@ -143,8 +153,7 @@ impl PrimaryMmu for MemoryView {
     ) -> Result<ObjectPage, FaultInError<PageError>> {
         let hva = slot.hva_of(fault.gfn);
         let Some(frame) = self.frame_at(hva) else {
-            let outside = MemoryError::NotMapped { hva, base: self.base, bytes: self.object.bytes() };
-            return Err(FaultInError::Failed(PageError(Arc::new(outside))));
+            return Err(failed(MemoryError::NotMapped { hva, base: self.base, bytes: self.object.bytes() }));
         };
         self.object.fault_in(frame, fault.found, patience)
     }
@@ -160,44 +169,66 @@ impl MemoryObject {
         let index = self.index(frame);
         let page = self.page_at(index);
         let word = &self.pages[index];
-        let anonymous = matches!(self.memory, Memory::Mapping(_));
-        let resident = if anonymous { Held::Mapped } else { Held::Cached };
         if word.touch_resident() || found == Found::Present {
-            return Ok(ObjectPage { page, held: resident });
+            return Ok(ObjectPage { page, held: self.resident_page() });
         }
         if patience == Patience::NoWait && self.may_wait(word.peek()) {
             return Err(FaultInError::WouldWait);
         }
+        loop {
+            match self.bring(index, patience) {
+                // The system has run out of memory, or of huge pages, before the budget has.
+                Err(FaultInError::NoMemory) if self.make_room()?.frames > 0 => {}
+                brought => return brought.map(|held| ObjectPage { page, held }),
+            }
+        }
+    }
+
+    fn resident_page(&self) -> Held {
+        if self.is_anonymous() { Held::Mapped } else { Held::Cached }
+    }
+
+    fn make_room(&self) -> Result<Moved, FaultInError<PageError>> {
+        self.reclaim().map_err(failed)
+    }
+
+    /// One try to make the page resident.
+    fn bring(self: &Arc<Self>, index: usize, patience: Patience) -> Result<Held, FaultInError<PageError>> {
+        let page = self.page_at(index);
+        let word = &self.pages[index];
+        let mut buffer = Buffer::take(self.page_size.bytes());
+        // Nothing is held yet: a discard of this page need not wait for the device.
+        let read = (word.peek() == State::Source).then(|| self.produce(page, State::Source, &mut buffer));
         // Before the page is locked: making room locks others.
-        let reserved = self.reserve().map_err(|cause| FaultInError::Failed(PageError(Arc::new(cause))))?;
+        let reserved = self.reserve().map_err(failed)?;
         let lock = match patience {
             Patience::NoWait => word.try_lock().ok_or(FaultInError::WouldWait)?,
             Patience::Interruptible => word.lock(),
         };
         let from = lock.state();
-        match from {
-            State::Resident => {
+        let content = match (from, read) {
+            (State::Resident, _) => {
                 drop(lock);
                 word.touch_resident();
-                return Ok(ObjectPage { page, held: resident });
+                return Ok(self.resident_page());
             }
-            State::Poisoned => return Err(FaultInError::Poisoned(self.cause_of(page))),
-            State::Source | State::Stored | State::Zero => {}
-        }
-        let mut buffer = Buffer::take(self.page_size.bytes());
-        let content = match self.produce(page, from, &mut buffer) {
+            (State::Poisoned, _) => return Err(FaultInError::Poisoned(self.cause_of(page))),
+            (State::Source, Some(read)) => read,
+            (State::Source | State::Stored | State::Zero, _) => self.produce(page, from, &mut buffer),
+        };
+        let content = match content {
             Ok(content) => content,
             Err(error) => return Err(FaultInError::Poisoned(self.lose(page, &lock, error))),
         };
         let (bytes, _) = buffer.parts();
-        if anonymous {
+        if self.is_anonymous() {
             if content == Content::Zeros {
                 bytes.fill(0);
             }
-            let object = Arc::clone(self);
             reserved.keep();
-            let arriving = Box::new(Arriving { object, from, bytes: buffer, reserved: true });
-            return Ok(ObjectPage { page, held: Held::Bytes(arriving) });
+            lock.keep();
+            let object = Arc::clone(self);
+            return Ok(Held::Bytes(Arriving { object, index, from, bytes: buffer, mapped: false }));
         }
         match self.memory.write(page, content, bytes) {
             Ok(()) => {}
@@ -209,7 +240,7 @@ impl MemoryObject {
         }
         self.became_resident(page, from, &lock);
         reserved.keep();
-        Ok(ObjectPage { page, held: resident })
+        Ok(Held::Cached)
     }
 
     /// Whether a page in this state may need I/O.
@@ -217,8 +248,13 @@ impl MemoryObject {
         state == State::Source && self.source.as_ref().is_some_and(|source| source.may_wait())
     }
 
-    /// The content of a page that is not resident. The page is locked.
-    pub(super) fn produce(&self, page: PfnRange, from: State, buffer: &mut Buffer) -> Result<Content, MemoryError> {
+    /// The content of a page that is not resident. The page is locked, but for [`State::Source`].
+    pub(super) fn produce(
+        &self,
+        page: PfnRange,
+        from: State,
+        buffer: &mut Buffer,
+    ) -> Result<Content, MemoryError> {
         let (bytes, scratch) = buffer.parts();
         match from {
             State::Stored => self.store.get(page.start, bytes, scratch),
@@ -232,18 +268,6 @@ impl MemoryObject {
             },
             State::Zero | State::Resident | State::Poisoned => Ok(Content::Zeros),
         }
-    }
-
-    /// A page was mapped into anonymous memory. No invalidation covers it: the engine holds the witness. Returns whether
-    /// this fault brought it.
-    fn arrived(&self, page: PfnRange, from: State) -> bool {
-        let lock = self.pages[self.index(page.start)].lock();
-        // Another worker may have brought the same page; then this one's install found it present.
-        let mine = lock.state() == from;
-        if mine {
-            self.became_resident(page, from, &lock);
-        }
-        mine
     }
 
     fn became_resident(&self, page: PfnRange, from: State, lock: &PageLock<'_>) {
@@ -260,7 +284,8 @@ impl MemoryObject {
         lock.set(State::Resident);
     }
 
-    fn lose(&self, page: PfnRange, lock: &PageLock<'_>, error: MemoryError) -> PageError {
+    /// The page's content is gone for good. It is locked and not resident, or just freed.
+    pub(super) fn lose(&self, page: PfnRange, lock: &PageLock<'_>, error: MemoryError) -> PageError {
         let cause = Arc::new(error);
         self.lost
             .lock()
@@ -275,4 +300,8 @@ impl MemoryObject {
         let cause = self.poison_cause(page.start);
         PageError(cause.unwrap_or_else(|| Arc::new(MemoryError::Lost { frame: page.start })))
     }
+}
+
+fn failed(cause: MemoryError) -> FaultInError<PageError> {
+    FaultInError::Failed(PageError(Arc::new(cause)))
 }

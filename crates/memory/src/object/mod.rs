@@ -9,31 +9,37 @@
 //!
 //! # Locks, in the order in which they may be taken
 //!
-//! 1. an invalidation of every secondary MMU that maps the object (a count, and `mmu_lock` for its start and end);
-//! 2. page locks, in ascending order;
-//! 3. the store's.
+//! 1. the claim that keeps discards and checkpoints apart (`apart.rs`);
+//! 2. the clock hand's lock, for who makes room;
+//! 3. an invalidation of every secondary MMU that maps the object (a count, and `mmu_lock` for its start and end);
+//! 4. page locks, in ascending order;
+//! 5. `mmu_lock` for read, by a fault that holds its one page;
+//! 6. the store's.
 //!
-//! A fault takes one page lock, without `mmu_lock`, and holds nothing when it goes on to install: what keeps the page
-//! in place until then is the engine's check against invalidations. So a page changes only inside an invalidation **and**
-//! locked: the lock keeps two changes apart, the invalidation keeps the change and the guest apart.
+//! Nobody waits for a page lock with `mmu_lock` held, and nobody waits for a device with either. In a memory file a
+//! fault holds nothing when it goes on to install: what keeps the page in place until then is the engine's check against
+//! invalidations. So a page changes only inside an invalidation **and** locked: the lock keeps two changes apart, the
+//! invalidation keeps the change and the guest apart.
 //!
 //! # Budget
 //!
 //! Every page that becomes resident is counted before it exists. A fault that finds the budget and one batch used up makes
 //! room itself, before it locks its page.
 
+mod apart;
 mod backing;
 mod buffer;
 mod fault_in;
 mod moves;
 mod pages;
+mod populate;
 mod reclaim;
 mod stats;
 
 use core::fmt;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
 use afterimage_mmu::{
@@ -43,6 +49,7 @@ use afterimage_mmu::{
 use afterimage_uffd::Mapping;
 use rustix::fd::BorrowedFd;
 
+use self::apart::Apart;
 use self::backing::Memory;
 pub use self::fault_in::{MemoryView, ObjectPage, PageError};
 pub use self::moves::Moved;
@@ -95,6 +102,7 @@ pub struct MemoryObject {
     observer: OnceLock<Arc<dyn InvalidationObserver>>,
     /// Why each poisoned page is.
     lost: Mutex<HashMap<u64, Arc<MemoryError>>>,
+    apart: Apart,
     budget: reclaim::Budget,
     resident: AtomicU64,
     peak: AtomicU64,
@@ -131,8 +139,11 @@ impl MemoryObject {
 
     /// Memory that `mapping`, of private anonymous pages, is by itself. It has that one mapping only.
     ///
+    /// Here a page without a translation is gone. So evict the pages of a memslot *before* it is deleted or moved: those
+    /// that were resident then are poisoned, and read neither as zeros nor as what they were.
+    ///
     /// # Errors
-    /// As for [`shared`](Self::shared), or if the mapping has another size.
+    /// As for [`shared`](Self::shared), if the mapping has another size, or if there is no `/proc`.
     pub fn anonymous(mapping: &Arc<Mapping>, options: ObjectOptions) -> Result<Arc<Self>, MemoryError> {
         options.check()?;
         if mapping.len() != options.bytes || mapping.page_size() != options.page_size {
@@ -143,7 +154,7 @@ impl MemoryObject {
                 page: options.page_size.bytes(),
             });
         }
-        Self::new(Memory::Mapping(Arc::clone(mapping)), options)
+        Self::new(Memory::mapping(mapping)?, options)
     }
 
     fn new(memory: Memory, options: ObjectOptions) -> Result<Arc<Self>, MemoryError> {
@@ -157,6 +168,7 @@ impl MemoryObject {
             attachments: Mutex::new(Arc::new([])),
             observer: OnceLock::new(),
             lost: Mutex::new(HashMap::new()),
+            apart: Apart::default(),
             budget: reclaim::Budget::new(&options),
             source: options.source,
             resident: AtomicU64::new(0),
@@ -185,17 +197,41 @@ impl MemoryObject {
         PfnRange::new(Pfn::new(0), Pfn::new(self.bytes() / FRAME_BYTES))
     }
 
-    /// Tells the object of a mapping of all of it at `base`, and of the secondary MMU over that mapping. From here on
-    /// nothing changes without the notifier being told.
-    pub fn attach(self: &Arc<Self>, base: Hva, notifier: Arc<dyn Notifier>) {
-        let mut attachments = self.attachments.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = attachments.iter().cloned();
-        *attachments = known.chain([Attachment { base, notifier }]).collect();
+    /// Tells the object of a mapping of all of it at `base`, and of the secondary MMU over that mapping. When it returns,
+    /// nothing changes without the notifier being told. Until then the mapping must not be touched.
+    ///
+    /// Waits for the invalidations that are under way; not to be called from inside one.
+    pub fn attach(&self, base: Hva, notifier: Arc<dyn Notifier>) {
+        self.change_attachments(|known| {
+            known.iter().cloned().chain([Attachment { base, notifier }]).collect()
+        });
     }
 
-    /// Forgets every secondary MMU: their virtual machines are gone.
+    /// Forgets the secondary MMU over the mapping at `base`. When it returns, its notifier is used no more.
+    ///
+    /// Waits like [`attach`](Self::attach).
+    pub fn detach(&self, base: Hva) {
+        self.change_attachments(|known| known.iter().filter(|known| known.base != base).cloned().collect());
+    }
+
+    /// Forgets every secondary MMU: their virtual machines are gone. Waits like [`attach`](Self::attach).
     pub fn detach_all(&self) {
-        *self.attachments.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new([]);
+        self.change_attachments(|_| Arc::new([]));
+    }
+
+    fn change_attachments(&self, change: impl FnOnce(&[Attachment]) -> Arc<[Attachment]>) {
+        let mut attachments = self.attachments();
+        let next = change(&attachments);
+        let mut old = core::mem::replace(&mut *attachments, next);
+        drop(attachments);
+        // An invalidation keeps the list that it began with: a page could change under a mapping that it does not know.
+        while Arc::get_mut(&mut old).is_none() {
+            rustix::thread::sched_yield();
+        }
+    }
+
+    fn attachments(&self) -> MutexGuard<'_, Arc<[Attachment]>> {
+        self.attachments.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The object as a mapping of all of it at `base` shows it.
@@ -246,6 +282,10 @@ impl MemoryObject {
         self.store.corrupt(frame, 0)
     }
 
+    fn is_anonymous(&self) -> bool {
+        matches!(self.memory, Memory::Mapping { .. })
+    }
+
     fn index(&self, frame: Pfn) -> usize {
         (frame.as_u64() / self.page_size.frames()) as usize
     }
@@ -265,7 +305,11 @@ impl MemoryObject {
     fn pages_of(&self, frames: PfnRange) -> Result<core::ops::Range<usize>, MemoryError> {
         let size = self.page_size.frames();
         let (start, end) = (frames.start.as_u64(), frames.end.as_u64());
-        if start > end || end > self.frames().end.as_u64() || !start.is_multiple_of(size) || !end.is_multiple_of(size) {
+        if start > end
+            || end > self.frames().end.as_u64()
+            || !start.is_multiple_of(size)
+            || !end.is_multiple_of(size)
+        {
             return Err(MemoryError::BadRange { frames, all: self.frames(), page: self.page_size.frames() });
         }
         Ok((start / size) as usize..(end / size) as usize)
@@ -278,7 +322,7 @@ impl MemoryObject {
             Kind::Discard => mutation::active(Mutation::DiscardWithoutInvalidation),
             Kind::Protect => false,
         };
-        let attachments = self.attachments.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let attachments = Arc::clone(&self.attachments());
         let token = self.observer.get().map(|observer| observer.beginning(kind, frames));
         let started = Instant::now();
         nest(if broken { &[] } else { &attachments }, frames, zap, change);
@@ -304,7 +348,9 @@ fn nest(attachments: &[Attachment], frames: PfnRange, zap: Zap, change: &mut dyn
         None => change(),
         Some((first, rest)) => {
             let hvas = first.hvas(frames);
-            first.notifier.invalidating(hvas, zap, Blocking::Allowed, &mut || nest(rest, frames, zap, change));
+            first
+                .notifier
+                .invalidating(hvas, zap, Blocking::Allowed, &mut || nest(rest, frames, zap, change));
         }
     }
 }

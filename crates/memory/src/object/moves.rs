@@ -6,12 +6,13 @@
 use std::sync::PoisonError;
 
 use afterimage_mmu::{PfnRange, Zap};
+use rustix::io::Errno;
 
-use super::backing::Memory;
-use super::buffer::Buffer;
-use super::pages::{PageLock, State};
-use super::stats::Kind;
 use super::MemoryObject;
+use super::apart::Work;
+use super::buffer::Buffer;
+use super::pages::{PageLock, PageWord, State};
+use super::stats::Kind;
 use crate::error::MemoryError;
 use crate::source::Content;
 
@@ -36,46 +37,32 @@ impl MemoryObject {
     /// Moves the resident pages of `frames` to the store. They come back as they were.
     ///
     /// # Errors
-    /// The frames are not whole pages of the object, or the store is full; pages that were not stored stay resident.
+    /// The frames are not whole pages of the object, or the store is full; pages that were not stored stay resident. A page
+    /// that cannot be read is poisoned, and no error here.
     pub fn evict(&self, frames: PfnRange) -> Result<Moved, MemoryError> {
         self.evict_some(frames, Victims::All)
     }
 
     pub(super) fn evict_some(&self, frames: PfnRange, victims: Victims) -> Result<Moved, MemoryError> {
         let pages = self.pages_of(frames)?;
-        if self.pages[pages.clone()].iter().all(|page| page.peek() != State::Resident) {
+        if !self.pages[pages.clone()].iter().any(PageWord::may_be_resident) {
             return Ok(Moved::default());
         }
-        let mut result = Ok(Moved::default());
-        self.invalidating(Kind::Evict, frames, self.zap_before_free(), &mut || {
-            let mut moved = Moved::default();
+        // In anonymous memory an unmapped page is gone, so its bytes are taken first, from under write protection.
+        let zap = if self.is_anonymous() { Zap::WriteProtect } else { Zap::Unmap };
+        let mut moved = Moved::default();
+        let mut result = Ok(());
+        self.invalidating(Kind::Evict, frames, zap, &mut || {
             let mut buffer = Buffer::take(self.page_size.bytes());
             let mut first = pages.start;
-            while first < pages.end {
+            while first < pages.end && result.is_ok() {
                 let batch = first..pages.end.min(first + LOCKED_PAGES);
-                match self.evict_batch(batch.clone(), victims, &mut buffer) {
-                    Ok(evicted) => moved.frames += evicted,
-                    Err(error) => {
-                        result = Err(error);
-                        return;
-                    }
-                }
                 first = batch.end;
+                result = self.evict_batch(batch, victims, &mut buffer, &mut moved);
             }
-            result = Ok(moved);
         });
-        if let Ok(moved) = &result {
-            self.counters.moved(Kind::Evict, moved.frames);
-        }
-        result
-    }
-
-    /// What an invalidation does to the mappings before pages are freed.
-    ///
-    /// In anonymous memory an unmapped page is gone, and another invalidation of the same page may be about to read it:
-    /// a page goes with its lock held and not before. Until then the guest may read it, but not write.
-    fn zap_before_free(&self) -> Zap {
-        if matches!(self.memory, Memory::Mapping(_)) { Zap::WriteProtect } else { Zap::Unmap }
+        self.counters.moved(Kind::Evict, moved.frames);
+        result.map(|()| moved)
     }
 
     fn evict_batch(
@@ -83,23 +70,35 @@ impl MemoryObject {
         pages: core::ops::Range<usize>,
         victims: Victims,
         buffer: &mut Buffer,
-    ) -> Result<u64, MemoryError> {
+        moved: &mut Moved,
+    ) -> Result<(), MemoryError> {
         let mut stored = Vec::with_capacity(pages.len());
         let mut result = Ok(());
         for index in pages {
+            if !self.pages[index].may_be_resident() {
+                continue;
+            }
             let lock = self.pages[index].lock();
             if lock.state() != State::Resident || victims == Victims::Unreferenced && lock.is_referenced() {
                 continue;
             }
-            result = self.store_page(self.page_at(index), buffer);
-            if result.is_err() {
-                break;
+            match self.store_page(self.page_at(index), buffer) {
+                Ok(()) => stored.push(Locked { index, lock }),
+                Err(error) if is_loss(&error) => self.lose_resident(&Locked { index, lock }, error),
+                Err(error) => {
+                    result = Err(error);
+                    break;
+                }
             }
-            stored.push(Locked { index, lock });
         }
-        let frames = stored.len() as u64 * self.page_size.frames();
-        self.free(stored, State::Stored)?;
-        result.map(|()| frames)
+        let freed = self.free(&stored, State::Stored, moved);
+        if freed.is_err() {
+            for page in stored.iter().filter(|page| page.lock.state() == State::Resident) {
+                let frames = self.page_at(page.index);
+                self.store.remove(frames.start, frames.len())?;
+            }
+        }
+        freed.and(result)
     }
 
     fn store_page(&self, page: PfnRange, buffer: &mut Buffer) -> Result<(), MemoryError> {
@@ -108,16 +107,26 @@ impl MemoryObject {
         self.store.put(page.start, bytes, scratch)
     }
 
-    /// Frees locked resident pages, run by run, and moves them to `state`.
-    fn free(&self, pages: Vec<Locked<'_>>, state: State) -> Result<(), MemoryError> {
+    /// A resident page that cannot be read any more: whoever touches it next is told.
+    fn lose_resident(&self, page: &Locked<'_>, error: MemoryError) {
+        let frames = self.page_at(page.index);
+        // What cannot be freed stays in the file, unmapped, until the page is written anew.
+        let _ = self.memory.free(frames);
+        self.unreserve(1);
+        let _ = self.lose(frames, &page.lock, error);
+    }
+
+    /// Frees locked resident pages, run by run, and moves them to `state`. On an error the rest stays resident.
+    fn free(&self, pages: &[Locked<'_>], state: State, moved: &mut Moved) -> Result<(), MemoryError> {
         for run in pages.chunk_by(|a, b| a.index + 1 == b.index) {
-            let frames = PfnRange::new(self.page_at(run[0].index).start, self.page_at(run[run.len() - 1].index).end);
-            // On an error the rest stays resident; what the store has of it is dropped when it is evicted again.
+            let frames =
+                PfnRange::new(self.page_at(run[0].index).start, self.page_at(run[run.len() - 1].index).end);
             self.memory.free(frames)?;
             for page in run {
                 page.lock.set(state);
             }
             self.unreserve(run.len() as u64);
+            moved.frames += frames.len();
         }
         Ok(())
     }
@@ -128,18 +137,17 @@ impl MemoryObject {
     /// The frames are not whole pages of the object.
     pub fn discard(&self, frames: PfnRange) -> Result<Moved, MemoryError> {
         let pages = self.pages_of(frames)?;
-        let mut result = Ok(Moved::default());
-        self.invalidating(Kind::Discard, frames, self.zap_before_free(), &mut || {
-            result = self.discard_all(pages.clone());
+        let _apart = self.apart.claim(Work::Discard, frames);
+        let mut moved = Moved::default();
+        let mut result = Ok(());
+        self.invalidating(Kind::Discard, frames, Zap::Unmap, &mut || {
+            result = self.discard_all(pages.clone(), &mut moved);
         });
-        if let Ok(moved) = &result {
-            self.counters.moved(Kind::Discard, moved.frames);
-        }
-        result
+        self.counters.moved(Kind::Discard, moved.frames);
+        result.map(|()| moved)
     }
 
-    fn discard_all(&self, pages: core::ops::Range<usize>) -> Result<Moved, MemoryError> {
-        let mut moved = Moved::default();
+    fn discard_all(&self, pages: core::ops::Range<usize>, moved: &mut Moved) -> Result<(), MemoryError> {
         let mut first = pages.start;
         while first < pages.end {
             let batch = first..pages.end.min(first + LOCKED_PAGES);
@@ -150,27 +158,36 @@ impl MemoryObject {
                 let page = self.page_at(index);
                 match lock.state() {
                     State::Zero => continue,
-                    State::Resident => resident.push(Locked { index, lock }),
+                    State::Resident => {
+                        resident.push(Locked { index, lock });
+                        continue;
+                    }
                     State::Stored => {
                         self.store.remove(page.start, page.len())?;
-                        lock.set(State::Zero);
                     }
-                    State::Source => lock.set(State::Zero),
-                    State::Poisoned => {
-                        self.lost.lock().unwrap_or_else(PoisonError::into_inner).remove(&page.start.as_u64());
-                        lock.set(State::Zero);
-                    }
+                    State::Source => {}
+                    State::Poisoned => self.forget_loss(page),
                 }
+                lock.set(State::Zero);
                 moved.frames += page.len();
             }
-            self.free(resident, State::Zero)?;
+            self.free(&resident, State::Zero, moved)?;
         }
-        Ok(moved)
+        Ok(())
+    }
+
+    fn forget_loss(&self, page: PfnRange) {
+        let mut lost = self.lost.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(MemoryError::CorruptStore { .. }) = lost.remove(&page.start.as_u64()).as_deref() {
+            // It was kept for whoever wants to look into it.
+            let _ = self.store.remove(page.start, page.len());
+        }
     }
 
     /// Shows `visit` every page of `frames` as it is at one time: the guest can read meanwhile, and its writes wait.
     ///
-    /// `visit` gets the page's first frame and its bytes, `None` for zeros. Pages stay where they are.
+    /// `visit` gets the page's first frame and its bytes, `None` for zeros. Pages stay where they are. Discards of them
+    /// wait meanwhile, so `visit` must not wait for one.
     ///
     /// # Errors
     /// The frames are not whole pages of the object, or a page is lost; the pages before it were shown.
@@ -180,14 +197,13 @@ impl MemoryObject {
         mut visit: impl FnMut(afterimage_mmu::Pfn, Option<&[u8]>),
     ) -> Result<Moved, MemoryError> {
         let pages = self.pages_of(frames)?;
+        let _apart = self.apart.claim(Work::Checkpoint, frames);
         let mut result = Ok(Moved::default());
         self.invalidating(Kind::Protect, frames, Zap::WriteProtect, &mut || {
             let mut buffer = Buffer::take(self.page_size.bytes());
             result = pages.clone().try_fold(Moved::default(), |moved, index| {
                 let page = self.page_at(index);
-                let lock = self.pages[index].lock();
-                let content = self.look(page, lock.state(), &mut buffer)?;
-                drop(lock);
+                let content = self.look(index, &mut buffer)?;
                 visit(page.start, (content == Content::Bytes).then_some(buffer.page()));
                 Ok(Moved { frames: moved.frames + page.len() })
             });
@@ -198,15 +214,23 @@ impl MemoryObject {
         result
     }
 
-    fn look(&self, page: PfnRange, state: State, buffer: &mut Buffer) -> Result<Content, MemoryError> {
-        match state {
+    fn look(&self, index: usize, buffer: &mut Buffer) -> Result<Content, MemoryError> {
+        let (page, word) = (self.page_at(index), &self.pages[index]);
+        if word.peek() == State::Source {
+            // Not locked: that may take long. Should the page move meanwhile, its bytes are the same.
+            return self.produce(page, State::Source, buffer);
+        }
+        let lock = word.lock();
+        match lock.state() {
             State::Resident => {
                 let (bytes, _) = buffer.parts();
-                self.memory.read(page, bytes).map_err(|errno| MemoryError::Read { frame: page.start, errno })?;
+                self.memory
+                    .read(page, bytes)
+                    .map_err(|errno| MemoryError::Read { frame: page.start, errno })?;
                 Ok(Content::Bytes)
             }
             State::Poisoned => Err(MemoryError::Lost { frame: page.start }),
-            State::Source | State::Stored | State::Zero => self.produce(page, state, buffer),
+            state @ (State::Source | State::Stored | State::Zero) => self.produce(page, state, buffer),
         }
     }
 }
@@ -214,4 +238,9 @@ impl MemoryObject {
 struct Locked<'p> {
     index: usize,
     lock: PageLock<'p>,
+}
+
+/// Whether the error means that a resident page's bytes are gone, and not that they cannot be had just now.
+fn is_loss(error: &MemoryError) -> bool {
+    matches!(error, MemoryError::Read { errno: Errno::IO | Errno::HWPOISON, .. })
 }

@@ -8,7 +8,8 @@
 //! | 5 | referenced: the guest faulted on it since the clock hand last came by |
 //!
 //! The state changes only with the page locked. Locks are taken in ascending order, and by whoever fills a page, who
-//! never waits for a second one.
+//! never waits for a second one. Nobody waits for a device with a page locked: a source is read before, and what was
+//! read counts only if the page is still in [`State::Source`] then. No page ever comes back to that state.
 //!
 //! ```text
 //! Source ──fault──► Resident ──evict──► Stored ──fault──► Resident
@@ -56,15 +57,15 @@ impl State {
     }
 }
 
-/// What the clock hand finds.
+/// What the clock hand does with a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Clock {
-    /// Nothing to take.
+    /// Nothing: there is nothing to take, or someone is at it.
     Skip,
-    /// The guest came back for it: its mark was taken away, and it stays for a round.
-    Spared,
-    /// Nobody came back.
-    Victim,
+    /// The guest came back for it: it loses its mark, and stays for a round.
+    Spare,
+    /// Nobody came back: it goes.
+    Take,
 }
 
 #[derive(Debug)]
@@ -81,6 +82,13 @@ impl PageWord {
         State::of(self.0.load(Ordering::Acquire))
     }
 
+    /// Whether the page is resident or could become so before it can be locked. `false` is certain.
+    #[inline]
+    pub(crate) fn may_be_resident(&self) -> bool {
+        let word = self.0.load(Ordering::Acquire);
+        word & LOCKED != 0 || State::of(word) == State::Resident
+    }
+
     /// If the page is resident and nobody is changing it: marks it referenced. `false` otherwise.
     #[inline]
     pub(crate) fn touch_resident(&self) -> bool {
@@ -94,17 +102,21 @@ impl PageWord {
         true
     }
 
-    /// The clock hand passes.
-    pub(crate) fn pass(&self) -> Clock {
+    /// What the clock hand does with the page.
+    pub(crate) fn clock(&self) -> Clock {
         let word = self.0.load(Ordering::Relaxed);
         if word & (STATE | LOCKED) != State::Resident as u32 {
-            return Clock::Skip;
+            Clock::Skip
+        } else if word & REFERENCED == 0 {
+            Clock::Take
+        } else {
+            Clock::Spare
         }
-        if word & REFERENCED == 0 {
-            return Clock::Victim;
-        }
+    }
+
+    /// The clock hand has passed: takes the page's mark away.
+    pub(crate) fn unmark(&self) {
         self.0.fetch_and(!REFERENCED, Ordering::Relaxed);
-        Clock::Spared
     }
 
     /// Locks the page if nobody has it.
@@ -120,7 +132,8 @@ impl PageWord {
         let mut word = self.0.load(Ordering::Relaxed);
         loop {
             if word & LOCKED == 0 {
-                match self.0.compare_exchange_weak(word, word | LOCKED, Ordering::Acquire, Ordering::Relaxed) {
+                match self.0.compare_exchange_weak(word, word | LOCKED, Ordering::Acquire, Ordering::Relaxed)
+                {
                     Ok(_) => return PageLock { word: self },
                     Err(now) => word = now,
                 }
@@ -136,6 +149,12 @@ impl PageWord {
             }
         }
     }
+
+    /// The lock that was [kept](PageLock::keep), to whoever kept it.
+    pub(crate) fn kept(&self) -> PageLock<'_> {
+        debug_assert!(self.0.load(Ordering::Relaxed) & LOCKED != 0, "the page was kept locked");
+        PageLock { word: self }
+    }
 }
 
 /// A locked page.
@@ -145,6 +164,11 @@ pub(crate) struct PageLock<'p> {
 }
 
 impl PageLock<'_> {
+    /// Leaves the page locked; [`PageWord::kept`] gives the lock back.
+    pub(crate) fn keep(self) {
+        core::mem::forget(self);
+    }
+
     pub(crate) fn state(&self) -> State {
         State::of(self.word.0.load(Ordering::Relaxed))
     }
@@ -208,16 +232,27 @@ mod tests {
     }
 
     #[test]
+    fn a_kept_lock_excludes_until_it_is_given_back() {
+        let word = PageWord::new(State::Source);
+        word.lock().keep();
+        assert!(word.try_lock().is_none());
+        assert!(word.may_be_resident());
+        word.kept().set(State::Resident);
+        assert_eq!(word.try_lock().map(|lock| lock.state()), Some(State::Resident));
+    }
+
+    #[test]
     fn the_clock_takes_what_nobody_came_back_for() {
         let word = PageWord::new(State::Zero);
-        assert_eq!(word.pass(), Clock::Skip);
+        assert_eq!(word.clock(), Clock::Skip);
         word.lock().set(State::Resident);
-        assert_eq!(word.pass(), Clock::Spared);
-        assert_eq!(word.pass(), Clock::Victim);
+        assert_eq!(word.clock(), Clock::Spare);
+        word.unmark();
+        assert_eq!(word.clock(), Clock::Take);
         assert!(word.touch_resident());
-        assert_eq!(word.pass(), Clock::Spared);
+        assert_eq!(word.clock(), Clock::Spare);
         let _lock = word.lock();
-        assert_eq!(word.pass(), Clock::Skip);
+        assert_eq!(word.clock(), Clock::Skip);
         assert!(!word.touch_resident());
     }
 }

@@ -13,9 +13,9 @@
 //! finds the budget and one batch more used up calls it itself, so the bound holds without that thread too.
 
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use afterimage_mmu::{Age, PfnRange};
+use afterimage_mmu::{Age, Pfn, PfnRange};
 
 use super::pages::Clock;
 use super::{MemoryObject, Moved, ObjectOptions};
@@ -58,9 +58,10 @@ impl Drop for Reserved<'_> {
 }
 
 impl MemoryObject {
-    /// Whether pages should go: the budget is used up but for half a batch.
+    /// Whether pages should go: the budget is used up but for half a batch. Never, where all memory may be resident.
     pub fn is_over_budget(&self) -> bool {
-        self.resident.load(Relaxed) + self.budget.batch.div_ceil(2) > self.budget.pages
+        self.budget.pages < self.pages.len() as u64
+            && self.resident.load(Relaxed) + self.budget.batch.div_ceil(2) > self.budget.pages
     }
 
     /// Takes a place in the budget, making room if there is none. The caller holds no page.
@@ -80,6 +81,11 @@ impl MemoryObject {
         }
     }
 
+    /// Whether one more page would fit without another one going.
+    pub(super) fn has_room(&self) -> bool {
+        self.resident.load(Relaxed) < self.budget.pages
+    }
+
     pub(super) fn unreserve(&self, pages: u64) {
         self.resident.fetch_sub(pages, Relaxed);
     }
@@ -92,51 +98,41 @@ impl MemoryObject {
         let mut hand = self.budget.hand.lock().unwrap_or_else(PoisonError::into_inner);
         let count = self.pages.len();
         let mut scanned = 0;
+        // Twice: once to take all marks away, once to find who has not got his back.
         while scanned < 2 * count {
             let window = *hand..count.min(*hand + self.budget.batch as usize);
             *hand = window.end % count;
             scanned += window.len();
-            let found = self.pass(window);
-            if let Some(spared) = found.spared {
-                self.forget_accesses(spared);
+            // First those whose mark was taken away a round ago: they are told apart from this round's by having none.
+            let moved = match self.hull(window.clone(), Clock::Take) {
+                Some(victims) => self.evict_some(victims, Victims::Unreferenced)?,
+                None => Moved::default(),
+            };
+            if let Some(spared) = self.hull(window.clone(), Clock::Spare) {
+                self.spare(spared);
             }
-            if let Some(victims) = found.victims {
-                let moved = self.evict_some(victims, Victims::Unreferenced)?;
-                if moved.frames > 0 {
-                    return Ok(moved);
-                }
+            if moved.frames > 0 {
+                return Ok(moved);
             }
         }
         Ok(Moved::default())
     }
 
-    /// The clock hand passes over `window`.
-    fn pass(&self, window: core::ops::Range<usize>) -> Found {
-        let mut found = Found { spared: None, victims: None };
-        for index in window {
-            let hull = match self.pages[index].pass() {
-                Clock::Skip => continue,
-                Clock::Spared => &mut found.spared,
-                Clock::Victim => &mut found.victims,
-            };
-            let page = self.page_at(index);
-            *hull = Some(hull.map_or(page, |known: PfnRange| known.hull(page)));
-        }
-        found
+    /// The hull of the window's pages that the hand would treat so.
+    fn hull(&self, window: core::ops::Range<usize>, clock: Clock) -> Option<PfnRange> {
+        let pages = window.filter(|index| self.pages[*index].clock() == clock);
+        pages.map(|index| self.page_at(index)).reduce(PfnRange::hull)
     }
 
-    /// The pages' marks are gone already. A guest that comes back from here on faults, and marks its page again.
-    fn forget_accesses(&self, frames: PfnRange) {
-        let attachments = self.attachments.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    /// Takes marks away, then translations. A guest that comes back from here on faults, and marks its page again.
+    fn spare(&self, frames: PfnRange) {
+        for page in &self.pages[self.index(frames.start)..=self.index(Pfn::new(frames.end.as_u64() - 1))] {
+            page.unmark();
+        }
+        let attachments = Arc::clone(&self.attachments());
         for attachment in attachments.iter() {
             // Whether it was young is known only when it comes back.
             let _ = attachment.notifier.age(attachment.hvas(frames), Age::Clear);
         }
     }
-}
-
-/// What the clock hand found in its window: hulls of pages.
-struct Found {
-    spared: Option<PfnRange>,
-    victims: Option<PfnRange>,
 }
