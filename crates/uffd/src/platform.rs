@@ -12,8 +12,9 @@ use rustix::time::{ClockId, clock_gettime};
 pub struct Linux;
 
 impl Platform for Linux {
-    /// A few microseconds: what holds the engine's words is at most one ioctl.
-    const SPINS: u32 = 64;
+    /// Some 20 µs: several times what holds the engine's lock, which is one ioctl, and less than a wake-up costs. An
+    /// invalidation that sleeps on its way to the lock also lets faults through that it is about to make retry.
+    const SPINS: u32 = 512;
 
     fn wait(word: &ParkWord, expected: u32) {
         // Every error means "look again": the word has changed, or a signal came.

@@ -20,7 +20,7 @@ use super::options::RunPlan;
 /// come.
 fn discard_every(page_size: PageSize) -> u64 {
     match page_size {
-        PageSize::Size4K => 8192,
+        PageSize::Size4K => 4096,
         PageSize::Size2M | PageSize::Size1G => 512,
     }
 }

@@ -9,7 +9,7 @@
 //! has shown zero it must stay zero: the expected entry becomes zero then, so that the old word coming back, an
 //! afterimage, is wrong too. From the acknowledgement on all words of all pages of the block must be zero.
 
-use iced_x86::code_asm::{CodeLabel, cl, edx, qword_ptr, r12, r14, rax, rcx, rdx, rsi};
+use iced_x86::code_asm::{CodeLabel, cl, edx, qword_ptr, r12, r14, r15, rax, rcx, rdx, rsi};
 
 use super::{Emitted, Emitter, at, block};
 use crate::layout::Mailbox;
@@ -38,10 +38,10 @@ impl Emitter {
 
     /// Chooses one of the vCPU's whole blocks and asks for its discard. RSI: the mailbox.
     ///
-    /// Three times in four it is the block of the last access: what a guest gives back, it has just used. Otherwise, and
-    /// where that block is another vCPU's or not whole, any block.
+    /// Three times in four it is the block of the last access, read through once: what a guest gives back, it has just
+    /// used. Otherwise, and where that block is another vCPU's or not whole, any block, resident or not.
     fn publish(&mut self) -> Emitted {
-        let (mut any, mut chosen) = (self.a.create_label(), self.a.create_label());
+        let (mut any, mut ask) = (self.a.create_label(), self.a.create_label());
         let a = &mut self.a;
         a.mov(rax, block!(discard_every))?;
         a.mov(block!(discard_countdown), rax)?;
@@ -56,15 +56,19 @@ impl Emitter {
         a.cmp(rdx, block!(owner))?;
         a.jne(any)?;
         a.cmp(rax, block!(own_blocks))?;
-        a.jb(chosen)?;
-        a.set_label(&mut any)?;
+        a.jae(any)?;
+        self.read_block()?;
+        self.a.jmp(ask)?;
+
+        self.a.set_label(&mut any)?;
         self.random_below(block!(own_blocks))?;
-        self.a.set_label(&mut chosen)?;
         let a = &mut self.a;
         a.imul_2(rax, block!(vcpus))?;
         a.add(rax, block!(owner))?;
         a.mov(rcx, block!(block_shift))?;
         a.shl(rax, cl)?;
+
+        a.set_label(&mut ask)?;
         a.mov(block!(discard_start), rax)?;
         a.mov(at(rsi, offset_of!(Mailbox, start)), rax)?;
         a.mov(rax, block!(block_pages))?;
@@ -74,6 +78,25 @@ impl Emitter {
         a.inc(at(rsi, offset_of!(Mailbox, requested)))?;
         a.inc(block!(progress.discards))?;
         a.jmp(self.next)
+    }
+
+    /// Reads a word of every page in R12's block. RAX: the block's first frame. Keeps RSI.
+    fn read_block(&mut self) -> Emitted {
+        let mut page = self.a.create_label();
+        let a = &mut self.a;
+        a.mov(rcx, block!(block_pages))?;
+        a.mov(rax, rcx)?;
+        a.neg(rax)?;
+        a.and(rax, r12)?;
+        a.mov(r12, rax)?;
+        a.set_label(&mut page)?;
+        a.mov(rdx, r12)?;
+        a.shl(rdx, 12)?;
+        a.mov(rdx, qword_ptr(rdx + r15))?;
+        a.inc(r12)?;
+        a.dec(rcx)?;
+        a.jne(page)?;
+        a.dec(r12)
     }
 
     /// After the acknowledgement: every page of the block is expected to be zero.
