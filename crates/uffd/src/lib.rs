@@ -20,8 +20,38 @@
 //! 4. [`Uffd::copy`], [`Uffd::zero`], [`Uffd::continue_minor`], [`Uffd::poison`], [`Uffd::move_pages`] or
 //!    [`Uffd::write_unprotect`] resolves the fault, and the kernel wakes the thread.
 //!
-//! Nothing here takes a lock, and nothing allocates after set-up: a [`Uffd`] is a descriptor and a set of flags,
+//! Nothing of this takes a lock, and nothing allocates after set-up: a [`Uffd`] is a descriptor and a set of flags,
 //! and can be used from any number of threads at once.
+//!
+//! # The same with the engine
+//!
+//! What is above leaves open whether the page that resolves a fault is still the right one: it may have been taken away
+//! since it was looked up. That is what [`afterimage_mmu`] decides, and two types put it on top of a descriptor:
+//!
+//! * [`UffdMmu`] makes one [`Mapping`] a [`SecondaryMmu`](afterimage_mmu::SecondaryMmu). Mapping a page is
+//!   `UFFDIO_CONTINUE` for shared memory and `UFFDIO_COPY` for anonymous memory, zapping is `MADV_DONTNEED` or write
+//!   protection, and the kernel flushes TLBs, KVM's included, within those calls. The range can be split over several
+//!   descriptors.
+//! * [`Workers`] are the threads that serve it: they read faults in batches, ask the
+//!   [`PrimaryMmu`](afterimage_mmu::PrimaryMmu) for each page through the engine, and keep those that must be retried
+//!   until the invalidation that covers them has ended. They look for a short while before they sleep ([`ServeOptions`]).
+//!   Every fault on memory of a memslot ends, mapped or poisoned; each that ends in poison is told as a [`FaultReport`].
+//!
+//! ```text
+//! Uffd ──read──► Workers ──Vcpu::handle_fault──► PrimaryMmu::fault_in ──► UffdMmu::map ──ioctl──► the guest goes on
+//!                   ▲                                                         │
+//!                   └──── an invalidation ends: the doorbell rings ◄── Retry ─┘
+//! ```
+//!
+//! To set it up: open the descriptors, make the `UffdMmu`, put it into a [`GuestMmu`](afterimage_mmu::GuestMmu), create a
+//! memslot over the mapping, tell the primary MMU of the `GuestMmu` (it is the
+//! [`Notifier`](afterimage_mmu::Notifier)), start the workers, and only then let anybody touch the memory. To end it: stop
+//! the guest first, and the workers last, since a fault that nobody serves sleeps.
+//!
+//! The descriptors of a `UffdMmu` report faults and no other events. Memory that somebody drops past the primary MMU is
+//! not followed: a page that gets lost that way is poisoned when it is noticed.
+//!
+//! [`Linux`] is the [`Platform`](afterimage_mmu::Platform) of both, and of any other engine in a Linux process.
 //!
 //! # Sources
 //!
@@ -59,4 +89,4 @@ pub use progress::{Progress, Stop};
 pub use register::{RangeIoctls, RegisterModes};
 pub use resolve::{Protection, SourceHoles, Wake};
 pub use vma::{Backing, Place, UffdMmu, VmaPage};
-pub use worker::{FaultReport, Idle, Workers};
+pub use worker::{AfterRetry, FaultReport, ServeOptions, Workers};

@@ -169,6 +169,12 @@ impl<Page> UffdMmu<Page> {
         self.parts.get(index).filter(|part| part.range.covers(range)).map(|part| &part.uffd)
     }
 
+    /// Wakes whoever waits for the page at `range`; they touch it again.
+    pub(crate) fn wake(&self, range: HvaRange) -> Result<(), UffdError> {
+        let outside = UffdError::OutOfMapping { range, mapping: self.mapping.range() };
+        self.uffd_at(range).ok_or(outside)?.wake(range)
+    }
+
     /// Poisons the page at `range`, whatever the protocol says: for faults that nothing else can end. A page that is there
     /// by now needs no poison, and its waiters have been woken.
     pub(crate) fn poison_at(&self, range: HvaRange) -> Result<Mapped, UffdError> {

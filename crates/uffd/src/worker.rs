@@ -4,16 +4,16 @@
 //!
 //! 1. Read what its descriptors have, in batches, without waiting. No lock is held or taken for that.
 //! 2. Serve each fault. One that must be retried is *parked*: kept here, once for each page and kind, until the
-//!    invalidation that covers it has ended.
+//!    invalidation that covers it has ended; or let go, to fault again ([`AfterRetry`]).
 //! 3. Try the parked ones that are no longer covered.
-//! 4. Nothing to do: look again for a short while ([`Idle::spin`]), then sleep on the descriptors and on the
+//! 4. Nothing to do: look again for a short while ([`ServeOptions::spin`]), then sleep on the descriptors and on the
 //!    doorbell. Waking a thread costs more than serving a fault, so a moment of looking pays.
 //!
 //! # What ends a fault
 //!
 //! Mapped: the kernel wakes whoever waits. Poisoned: they get SIGBUS. Nothing else: a fault whose page cannot be had is
 //! poisoned, never left asleep and never given other bytes. One for which there is no memory is tried again for a while
-//! ([`Idle::scarcity`]), since memory can come back, and poisoned then.
+//! ([`ServeOptions::scarcity`]), since memory can come back, and poisoned then.
 //!
 //! Two kinds of fault wait as long as it takes: those on memory that is in no memslot, which may be in one again, and
 //! those of a worker that is stopped. Stop the guest first.
@@ -32,19 +32,34 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::{Event, EventBuffer, FaultKind, UffdError, UffdMmu, VmaPage};
 
-/// What a worker does when nothing is left to do.
+/// What becomes of a fault that an invalidation made retry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Idle {
-    /// How long to look for new faults before sleeping.
+pub enum AfterRetry {
+    /// The worker keeps it until the invalidation has ended. Costs no CPU, and cannot starve.
+    Park,
+    /// The guest is woken, touches the page and faults again, as often as it takes: KVM's way.
+    Refault,
+}
+
+/// How workers go about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ServeOptions {
+    /// How long to look for new faults, when there is nothing to do, before sleeping.
     pub spin: Duration,
     /// How long a fault waits for memory, where there is none, before its page is poisoned.
     pub scarcity: Duration,
+    /// What becomes of a fault that must be retried.
+    pub after_retry: AfterRetry,
 }
 
-impl Default for Idle {
-    /// 20 µs of looking, less than a wake-up costs on most machines; 10 s without memory.
+impl Default for ServeOptions {
+    /// 20 µs of looking, less than a wake-up costs on most machines; 10 s without memory; retries are parked.
     fn default() -> Self {
-        Self { spin: Duration::from_micros(20), scarcity: Duration::from_secs(10) }
+        Self {
+            spin: Duration::from_micros(20),
+            scarcity: Duration::from_secs(10),
+            after_retry: AfterRetry::Park,
+        }
     }
 }
 
@@ -90,7 +105,7 @@ impl Workers {
     pub fn start<Page, M>(
         mmu: &Arc<GuestMmu<UffdMmu<Page>>>,
         primary: &Arc<M>,
-        idle: Idle,
+        options: ServeOptions,
         report: impl Fn(FaultReport<M::Error>) + Clone + Send + 'static,
     ) -> io::Result<Self>
     where
@@ -109,7 +124,7 @@ impl Workers {
         for number in 0..mmu.secondary().workers() {
             let (mmu, primary, stop, report) =
                 (Arc::clone(mmu), Arc::clone(primary), Arc::clone(&stop), report.clone());
-            let body = move || Worker::new(&mmu, &*primary, number, idle, report).run(&stop.asked);
+            let body = move || Worker::new(&mmu, &*primary, number, options, report).run(&stop.asked);
             match thread::Builder::new().name(format!("uffd-worker-{number}")).spawn(body) {
                 Ok(thread) => workers.threads.push(thread),
                 Err(error) => {
@@ -195,7 +210,7 @@ struct Worker<'m, Page: VmaPage, M: PrimaryMmu<Page = Page>, R> {
     primary: &'m M,
     vcpu: Vcpu<'m, UffdMmu<Page>>,
     number: usize,
-    idle: Idle,
+    options: ServeOptions,
     parked: Vec<Parked>,
     report: R,
 }
@@ -206,8 +221,14 @@ where
     M: PrimaryMmu<Page = Page>,
     R: Fn(FaultReport<M::Error>),
 {
-    fn new(mmu: &'m GuestMmu<UffdMmu<Page>>, primary: &'m M, number: usize, idle: Idle, report: R) -> Self {
-        Self { mmu, primary, vcpu: mmu.vcpu(), number, idle, parked: Vec::new(), report }
+    fn new(
+        mmu: &'m GuestMmu<UffdMmu<Page>>,
+        primary: &'m M,
+        number: usize,
+        options: ServeOptions,
+        report: R,
+    ) -> Self {
+        Self { mmu, primary, vcpu: mmu.vcpu(), number, options, parked: Vec::new(), report }
     }
 
     fn run(&mut self, stop: &AtomicBool) -> Result<(), UffdError> {
@@ -233,7 +254,7 @@ where
                 continue;
             }
             let now = Instant::now();
-            if now - *quiet_since.get_or_insert(now) < self.idle.spin {
+            if now - *quiet_since.get_or_insert(now) < self.options.spin {
                 core::hint::spin_loop();
                 continue;
             }
@@ -267,6 +288,9 @@ where
             return Ok(());
         }
         if let Tried::Again(awaits) = self.attempt(raised, Hope::Left)? {
+            if self.options.after_retry == AfterRetry::Refault && matches!(awaits, Await::End(_)) {
+                return self.mmu.secondary().wake(self.page_of(raised));
+            }
             let scarce_since = (awaits == Await::Memory).then(Instant::now);
             self.parked.push(Parked { raised, awaits, scarce_since });
         }
@@ -332,15 +356,18 @@ where
         }
     }
 
+    fn page_of(&self, raised: Raised) -> HvaRange {
+        let bytes = self.mmu.secondary().mapping().page_size().bytes();
+        HvaRange::new(raised.page, raised.page + bytes)
+    }
+
     fn poison(
         &self,
         raised: Raised,
         gfn: Gfn,
         error: FaultError<M::Error, UffdError>,
     ) -> Result<Tried, UffdError> {
-        let secondary = self.mmu.secondary();
-        let bytes = secondary.mapping().page_size().bytes();
-        match secondary.poison_at(HvaRange::new(raised.page, raised.page + bytes)) {
+        match self.mmu.secondary().poison_at(self.page_of(raised)) {
             Ok(Mapped::LostRace) => Ok(Tried::Again(Await::Memory)),
             // Nobody is left to wait.
             Ok(Mapped::Fixed | Mapped::Spurious) | Err(UffdError::Lost { .. }) => {
@@ -367,7 +394,7 @@ where
                 continue;
             }
             let hope = match parked.scarce_since {
-                Some(since) if since.elapsed() >= self.idle.scarcity => Hope::Gone,
+                Some(since) if since.elapsed() >= self.options.scarcity => Hope::Gone,
                 _ => Hope::Left,
             };
             match self.attempt(parked.raised, hope)? {

@@ -10,7 +10,7 @@ use afterimage_memory::{
 use afterimage_mmu::{
     FRAME_BYTES, Gfn, GfnRange, GuestMmu, Memslot, Notifier, PageSize, Pfn, PfnRange, SlotId,
 };
-use afterimage_uffd::{Backing, FaultReport, Features, Idle, Mapping, OpenOptions, UffdMmu, Workers};
+use afterimage_uffd::{Backing, FaultReport, Features, Mapping, OpenOptions, UffdMmu, Workers};
 use afterimage_vm::{Discards, Guest, GuestMemory, GuestSpec, WORD_OFFSETS, Window, Windows};
 use anyhow::{Context, Result};
 
@@ -75,7 +75,7 @@ impl Machine {
             move |failed| poisoned.lock().unwrap_or_else(PoisonError::into_inner).push(failed)
         };
         let view: Arc<MemoryView> = Arc::new(object.view(base));
-        let workers = Workers::start(&mmu, &view, Idle::default(), report)?;
+        let workers = Workers::start(&mmu, &view, plan.serve, report)?;
 
         let memory = guest_memory(&mapping);
         let mut spec = GuestSpec::new(plan.guest, memory, plan.page_size);

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use afterimage_memory::{FileSource, Kind};
 use afterimage_mmu::{PageSize, Policy, Precheck, SequenceScope};
-use afterimage_uffd::{Backing, FaultOrigin, HugePages, OpenOptions};
+use afterimage_uffd::{AfterRetry, Backing, FaultOrigin, HugePages, OpenOptions, ServeOptions};
 use afterimage_vm::{GuestKind, KvmProbe, Locality, Workload};
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
@@ -60,6 +60,10 @@ pub(crate) struct RunArgs {
     /// Whose end makes a fault under way retry: of invalidations in the same region of 2 MiB, or, as in Linux, of any
     #[arg(long, value_enum, default_value_t = SequenceChoice::Region)]
     sequence: SequenceChoice,
+    /// What becomes of a fault that an invalidation made retry: kept until that has ended, or, as in Linux, let go to
+    /// fault again
+    #[arg(long, value_enum, default_value_t = AfterRetryChoice::Park)]
+    after_retry: AfterRetryChoice,
     /// Number of userfaultfds that the memory is split over
     #[arg(long, default_value_t = 1)]
     uffds: usize,
@@ -135,6 +139,12 @@ enum SequenceChoice {
     Global,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum AfterRetryChoice {
+    Park,
+    Refault,
+}
+
 /// A safety rule that can be switched off to see that it is missed.
 #[cfg(feature = "mutations")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -169,6 +179,7 @@ pub(crate) struct RunPlan {
     pub(crate) invalidate: Vec<Kind>,
     pub(crate) pressure: u32,
     pub(crate) policy: Policy,
+    pub(crate) serve: ServeOptions,
     pub(crate) origin: FaultOrigin,
     pub(crate) uffds: usize,
     pub(crate) workers: usize,
@@ -192,6 +203,7 @@ pub(crate) struct ShownOptions {
     pressure: u32,
     precheck: &'static str,
     sequence: &'static str,
+    after_retry: &'static str,
     uffds: usize,
     workers: usize,
     seed: u64,
@@ -266,6 +278,10 @@ impl RunArgs {
             SequenceChoice::Region => (SequenceScope::Region, "region"),
             SequenceChoice::Global => (SequenceScope::Global, "global"),
         };
+        let (after_retry, after_retry_name) = match self.after_retry {
+            AfterRetryChoice::Park => (AfterRetry::Park, "park"),
+            AfterRetryChoice::Refault => (AfterRetry::Refault, "refault"),
+        };
         #[cfg(feature = "mutations")]
         break_rule(self.broken);
         let shown = ShownOptions {
@@ -281,6 +297,7 @@ impl RunArgs {
             pressure: self.pressure,
             precheck: precheck_name,
             sequence: sequence_name,
+            after_retry: after_retry_name,
             uffds: self.uffds,
             workers: self.workers,
             seed: self.seed,
@@ -300,6 +317,7 @@ impl RunArgs {
             invalidate: kinds,
             pressure: self.pressure,
             policy: Policy { precheck, scope, ..Policy::default() },
+            serve: ServeOptions { after_retry, ..ServeOptions::default() },
             origin,
             uffds: self.uffds,
             workers: self.workers,

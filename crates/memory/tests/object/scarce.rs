@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use afterimage_mmu::{FaultError, PageSize};
-use afterimage_uffd::{Backing, HugePages, Idle};
+use afterimage_uffd::{Backing, HugePages, ServeOptions};
 
 use crate::support::{BACKINGS, Setup, Stamps, skip, stamp};
 
@@ -24,7 +24,7 @@ fn a_fault_outlasts_a_shortage() {
 fn a_fault_that_never_gets_memory_ends_in_poison() {
     for backing in BACKINGS {
         let source = Stamps::new(4);
-        let idle = Idle { scarcity: Duration::from_millis(20), ..Idle::default() };
+        let idle = ServeOptions { scarcity: Duration::from_millis(20), ..ServeOptions::default() };
         let setup = Setup { idle, ..Setup::new("no memory", backing, 4).source(&source) };
         let Some(machine) = setup.start() else { return };
         machine.view.shortages.store(u32::MAX, Relaxed);

@@ -20,7 +20,7 @@ use afterimage_mmu::{
     Policy, PrimaryMmu, RetryPoint, SlotId, Snapshot,
 };
 use afterimage_uffd::{
-    Backing, FaultReport, Features, Idle, Mapping, OpenOptions, Populate, UffdError, UffdMmu, Workers,
+    Backing, FaultReport, Features, Mapping, OpenOptions, Populate, ServeOptions, UffdError, UffdMmu, Workers,
 };
 
 pub(crate) use gate::Gate;
@@ -131,7 +131,7 @@ pub(crate) struct Setup {
     pub(crate) batch: u64,
     pub(crate) uffds: usize,
     pub(crate) workers: usize,
-    pub(crate) idle: Idle,
+    pub(crate) idle: ServeOptions,
     pub(crate) policy: Policy,
 }
 
@@ -147,7 +147,7 @@ impl Setup {
             batch: 8,
             uffds: 1,
             workers: 1,
-            idle: Idle::default(),
+            idle: ServeOptions::default(),
             policy: Policy::default(),
         }
     }
