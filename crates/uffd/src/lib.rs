@@ -34,8 +34,9 @@
 //!   descriptors.
 //! * [`Workers`] are the threads that serve it: they read faults in batches, ask the
 //!   [`PrimaryMmu`](afterimage_mmu::PrimaryMmu) for each page through the engine, and keep those that must be retried
-//!   until the invalidation that covers them has ended. They look for a short while before they sleep ([`ServeOptions`]).
-//!   Every fault on memory of a memslot ends, mapped or poisoned; each that ends in poison is told as a [`FaultReport`].
+//!   until the invalidation that covers them has ended, or let them go to fault again ([`AfterRetry`]). They look for a
+//!   short while before they sleep ([`ServeOptions`]). Every fault on memory of a memslot ends, mapped or poisoned;
+//!   each that ends in poison is told as a [`FaultReport`].
 //!
 //! ```text
 //! Uffd ──read──► Workers ──Vcpu::handle_fault──► PrimaryMmu::fault_in ──► UffdMmu::map ──ioctl──► the guest goes on
