@@ -20,8 +20,8 @@ use super::options::RunPlan;
 /// come.
 fn discard_every(page_size: PageSize) -> u64 {
     match page_size {
-        PageSize::Size4K => 4096,
-        PageSize::Size2M | PageSize::Size1G => 512,
+        PageSize::Size4K => 3072,
+        PageSize::Size2M | PageSize::Size1G => 256,
     }
 }
 /// Accesses of a vCPU between two reads of a page of any vCPU.
@@ -100,13 +100,13 @@ impl Machine {
 }
 
 fn open_options(plan: &RunPlan) -> OpenOptions {
+    let shared = plan.backing == Backing::Shared;
+    let huge = plan.page_size != PageSize::Size4K;
     let mut needed = Features::PAGEFAULT_FLAG_WP | Features::POISON;
-    if plan.backing == Backing::Shared {
-        needed |= match plan.page_size {
-            PageSize::Size4K => Features::MINOR_SHMEM,
-            PageSize::Size2M | PageSize::Size1G => Features::MINOR_HUGETLBFS | Features::MISSING_HUGETLBFS,
-        } | Features::WP_HUGETLBFS_SHMEM;
-    }
+    needed.set(Features::MISSING_HUGETLBFS, huge);
+    needed.set(Features::MINOR_HUGETLBFS, huge && shared);
+    needed.set(Features::MISSING_SHMEM | Features::MINOR_SHMEM, !huge && shared);
+    needed.set(Features::WP_HUGETLBFS_SHMEM, huge || shared);
     OpenOptions::new().origin(plan.origin).require(needed)
 }
 

@@ -16,7 +16,7 @@
 //!    │                 │  ▲                │
 //!    └──discard──► Zero ◄─┼────discard─────┘       Zero ──fault──► Resident (zeros)
 //!                         │
-//! Source, Stored ──content lost──► Poisoned ──discard──► Zero
+//! Source, Stored, Resident ──content lost──► Poisoned ──discard──► Zero
 //! ```
 
 use core::sync::atomic::{AtomicU32, Ordering};
