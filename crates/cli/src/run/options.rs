@@ -60,9 +60,9 @@ pub(crate) struct RunArgs {
     /// Whose end makes a fault under way retry: of invalidations in the same region of 2 MiB, or, as in Linux, of any
     #[arg(long, value_enum, default_value_t = SequenceChoice::Region)]
     sequence: SequenceChoice,
-    /// What becomes of a fault that an invalidation made retry: kept until that has ended, or, as in Linux, let go to
-    /// fault again
-    #[arg(long, value_enum, default_value_t = AfterRetryChoice::Park)]
+    /// What becomes of a fault that an invalidation made retry: let go to fault again, as in Linux, which makes the most
+    /// of every race; or parked until the invalidation has ended, which costs no CPU
+    #[arg(long, value_enum, default_value_t = AfterRetryChoice::Refault)]
     after_retry: AfterRetryChoice,
     /// Number of userfaultfds that the memory is split over
     #[arg(long, default_value_t = 1)]
@@ -141,8 +141,8 @@ enum SequenceChoice {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum AfterRetryChoice {
-    Park,
     Refault,
+    Park,
 }
 
 /// A safety rule that can be switched off to see that it is missed.
