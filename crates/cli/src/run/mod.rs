@@ -1,12 +1,12 @@
 //! `afterimage run`: a guest verifies its memory while that is taken away.
 
+mod json;
 mod live;
 mod machine;
 mod options;
 mod pressure;
 mod report;
 
-use std::fs::File;
 use std::io::{self, Write};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use signal_hook::consts::{SIGINT, SIGTERM};
 
+use self::json::JsonOutput;
 use self::live::LiveLine;
 use self::machine::Machine;
 pub(crate) use self::options::RunArgs;
@@ -36,7 +37,8 @@ const STALL: Duration = Duration::from_secs(10);
 pub(crate) fn run(args: RunArgs) -> Result<ExitCode> {
     let mut plan = args.plan()?;
     // Opened first: a run whose result cannot be kept does not start.
-    let json = plan.json.as_deref().map(Output::create).transpose()?;
+    let json =
+        plan.json.as_deref().map(|path| JsonOutput::open(path, plan.shown.source.as_deref())).transpose()?;
     let interrupted = Arc::new(AtomicBool::new(false));
     for signal in [SIGINT, SIGTERM] {
         // The second time, the default: whoever insists gets out.
@@ -53,15 +55,41 @@ pub(crate) fn run(args: RunArgs) -> Result<ExitCode> {
         crate::units::show_bytes(plan.resident),
         crate::units::show_bytes(plan.page_size.bytes()),
     );
-    let pressure = Pressure::start(&plan, &machine.object, &machine.guest)?;
-    let mut failures = watch(&plan, &machine, &pressure, &interrupted);
-    let outcome = stop(machine, pressure, &mut failures)?;
-    let report = RunReport::new(&plan, outcome);
-    print!("{report}");
-    if let Some(json) = json {
-        json.write(&report)?;
+    // From here on nothing is refused any more: what goes wrong is a result.
+    let good = finish(&plan, machine, json, &interrupted).unwrap_or_else(|error| {
+        eprintln!("afterimage: {error:#}");
+        false
+    });
+    Ok(if good { ExitCode::SUCCESS } else { ExitCode::from(EXIT_WRONG) })
+}
+
+/// Runs to the end and reports. Whether all was as it should be.
+fn finish(
+    plan: &RunPlan,
+    machine: Machine,
+    json: Option<JsonOutput>,
+    interrupted: &AtomicBool,
+) -> Result<bool> {
+    let pressure = Pressure::start(plan, &machine.object, &machine.guest)?;
+    let mut failures = watch(plan, &machine, &pressure, interrupted);
+    let mut outcome = stop(machine, pressure, &mut failures)?;
+    // Who interrupts a run at its start has not shown anything to be wrong.
+    if outcome.guest.counters().accesses == 0 && !interrupted.load(Ordering::Relaxed) {
+        outcome.failures.push("the guest made no access at all".to_owned());
     }
-    Ok(if report.is_good() { ExitCode::SUCCESS } else { ExitCode::from(EXIT_WRONG) })
+    let report = RunReport::new(plan, outcome);
+    // The JSON first: it is for programs, which wait for it, and the table for a reader, who may have gone.
+    let is_taken = json.as_ref().is_some_and(JsonOutput::is_standard);
+    let kept = json.map_or(Ok(()), |json| json.write(&report));
+    let table = report.to_string();
+    let shown = if is_taken {
+        print(&mut io::stderr().lock(), &table)
+    } else {
+        print(&mut io::stdout().lock(), &table)
+    };
+    kept?;
+    shown.context("the table cannot be written")?;
+    Ok(report.is_good())
 }
 
 /// Waits for the end of the time, for Ctrl-C, or for something to go wrong, which it returns.
@@ -121,30 +149,10 @@ fn stop(machine: Machine, pressure: Pressure, failures: &mut Vec<String>) -> Res
     })
 }
 
-/// Where the JSON goes.
-enum Output {
-    Standard,
-    File { file: File, path: std::path::PathBuf },
-}
-
-impl Output {
-    fn create(path: &std::path::Path) -> Result<Self> {
-        if path.as_os_str() == "-" {
-            return Ok(Self::Standard);
-        }
-        let file =
-            File::create(path).with_context(|| format!("--json {} cannot be written", path.display()))?;
-        Ok(Self::File { file, path: path.to_owned() })
-    }
-
-    fn write(self, report: &RunReport) -> Result<()> {
-        let mut text = serde_json::to_string_pretty(report)?;
-        text.push('\n');
-        match self {
-            Self::Standard => io::stdout().write_all(text.as_bytes()).context("the JSON cannot be written"),
-            Self::File { mut file, path } => file
-                .write_all(text.as_bytes())
-                .with_context(|| format!("the JSON cannot be written to {}", path.display())),
-        }
+/// Writes `text`. Whoever has closed the other end does not want to read it, which is no error.
+fn print(to: &mut impl Write, text: &str) -> io::Result<()> {
+    match to.write_all(text.as_bytes()).and_then(|()| to.flush()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        done => done,
     }
 }

@@ -73,7 +73,7 @@ pub(crate) struct RunArgs {
     /// Seed of the snapshot and of the guest's choices
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// Write the result as JSON; "-" for standard output
+    /// Write the result as JSON; "-" for standard output, and the table to standard error then
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
     /// Switch one safety rule off, to see it missed
@@ -198,7 +198,7 @@ pub(crate) struct ShownOptions {
     page_size: &'static str,
     backing: &'static str,
     workload: String,
-    source: Option<PathBuf>,
+    pub(crate) source: Option<PathBuf>,
     invalidate: Vec<&'static str>,
     pressure: u32,
     precheck: &'static str,
