@@ -55,7 +55,9 @@ pub use guest::{Guest, GuestHandle, KICK_GRACE, STOP_GRACE};
 pub use latency::{Latency, LatencyHistogram};
 pub use probe::{KvmFacts, KvmKind, KvmProbe, probe};
 pub use report::{Counters, GuestReport, VcpuEnd, VcpuFailure, VcpuReport, WrongKind, WrongPage};
-pub use spec::{DirtyLog, Discards, GuestKind, GuestMemory, GuestSpec, Locality, MAX_VCPUS, Workload};
+pub use spec::{
+    DirtyLog, Discards, GuestKind, GuestMemory, GuestSpec, Locality, MAX_MEMORY_BYTES, MAX_VCPUS, Workload,
+};
 pub use windows::{Window, Windows};
 
 /// Byte offsets in a frame of the three words that the guest checks.

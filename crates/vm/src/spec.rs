@@ -14,6 +14,12 @@ use crate::system::MANAGED_LIMIT;
 /// Most vCPUs in a guest.
 pub const MAX_VCPUS: usize = 64;
 
+/// Most bytes of managed memory in a guest.
+pub const MAX_MEMORY_BYTES: u64 = MANAGED_LIMIT;
+
+/// Frames in an ownership block where nobody asks for another number and pages are not larger.
+const BLOCK_FRAMES: u64 = 32;
+
 /// What the guest's program runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum GuestKind {
@@ -174,7 +180,6 @@ pub struct GuestSpec {
 impl GuestSpec {
     /// One vCPU that runs `stamp` on `memory`, without discards, for ever.
     pub const fn new(kind: GuestKind, memory: GuestMemory, page_size: PageSize) -> Self {
-        let frames = page_size.frames();
         Self {
             kind,
             vcpus: 1,
@@ -182,7 +187,7 @@ impl GuestSpec {
             page_size,
             workload: Workload::STAMP,
             seed: 1,
-            block_frames: if frames > 32 { frames } else { 32 },
+            block_frames: Self::usual_block(page_size),
             write_share: 0.75,
             discards: Discards { every: 0, share: 0.25 },
             cross_every: 0,
@@ -190,6 +195,18 @@ impl GuestSpec {
             dirty_log: DirtyLog::Off,
             max_accesses: None,
         }
+    }
+
+    /// Least bytes of memory, in whole pages, with which every one of `vcpus` vCPUs has some of its own, in blocks of the
+    /// usual size.
+    pub const fn least_memory(vcpus: usize, page_size: PageSize) -> u64 {
+        let frames = Self::usual_block(page_size) * (vcpus as u64).saturating_sub(1) + 1;
+        (frames * FRAME_BYTES).next_multiple_of(page_size.bytes())
+    }
+
+    const fn usual_block(page_size: PageSize) -> u64 {
+        let frames = page_size.frames();
+        if frames > BLOCK_FRAMES { frames } else { BLOCK_FRAMES }
     }
 
     pub(crate) fn check(&self) -> Result<(), VmError> {
@@ -214,6 +231,7 @@ impl GuestSpec {
                 "an ownership block of {block} frames is not a power of two and a multiple of the page size"
             ));
         }
+        // See `least_memory`.
         let needed = block * (self.vcpus as u64 - 1) + 1;
         if self.memory.frames() < needed {
             return fail(format!(

@@ -7,7 +7,7 @@ use std::time::Duration;
 use afterimage_memory::{FileSource, Kind};
 use afterimage_mmu::{PageSize, Policy, Precheck, SequenceScope};
 use afterimage_uffd::{AfterRetry, Backing, FaultOrigin, HugePages, OpenOptions, ServeOptions};
-use afterimage_vm::{GuestKind, KvmProbe, Locality, Workload};
+use afterimage_vm::{GuestKind, GuestSpec, KvmProbe, Locality, Workload};
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
 use serde::Serialize;
@@ -218,6 +218,21 @@ impl RunArgs {
         };
         let page = page_size.bytes();
         let memory = self.memory_bytes()?;
+        ensure!(
+            memory <= afterimage_vm::MAX_MEMORY_BYTES,
+            "a guest has at most {} of memory, and not {}",
+            units::show_bytes(afterimage_vm::MAX_MEMORY_BYTES),
+            units::show_bytes(memory)
+        );
+        // Before its size is looked at: where --memory is not given, the file is what is wrong with it.
+        let source = match &self.source {
+            Some(path) => {
+                let source = FileSource::open(path, memory, page_size)?;
+                ensure!(memory > 0, "the memory file {} is empty", path.display());
+                Some(source)
+            }
+            None => None,
+        };
         let resident = self.resident.unwrap_or((memory / 4).next_multiple_of(page));
         for (option, bytes) in [("--memory", memory), ("--resident", resident)] {
             let size = units::show_bytes(page);
@@ -240,16 +255,21 @@ impl RunArgs {
                 afterimage_vm::MAX_VCPUS
             );
         }
+        let least = GuestSpec::least_memory(self.vcpus, page_size);
+        ensure!(
+            memory >= least,
+            "--memory is {}, too little for {} vCPUs, which need {} in pages of {}",
+            units::show_bytes(memory),
+            self.vcpus,
+            units::show_bytes(least),
+            units::show_bytes(page)
+        );
         ensure!(
             self.uffds as u64 <= memory / page,
             "--uffds is {}, but there are only {} pages to split",
             self.uffds,
             memory / page
         );
-        let source = match &self.source {
-            Some(path) => Some(FileSource::open(path, memory, page_size)?),
-            None => None,
-        };
         let (guest, guest_because, origin) = choose_guest(self.guest)?;
         // A batch is what the budget may be exceeded by, so it stays small beside it.
         let batch_pages = match page_size {
