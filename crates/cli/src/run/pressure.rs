@@ -123,12 +123,16 @@ fn evict(reach: &Reach, per_second: u32, batch: u64) -> Result<(), MemoryError> 
             thread::sleep(due.saturating_duration_since(Instant::now()).min(LOOK_EVERY));
         }
         let turn_ends = due + pause;
-        while Instant::now() < turn_ends {
+        // At least once, however short the turn is.
+        loop {
             if let Some(at) = (0..reach.guest.vcpus()).find_map(|vcpu| running_at(&reach.guest, vcpu)) {
                 reach.object.evict(reach.whole_pages(around(at, batch, reach.object.frames())))?;
                 break;
             }
             thread::sleep(LOOK_EVERY);
+            if Instant::now() >= turn_ends {
+                break;
+            }
         }
     }
     Ok(())
