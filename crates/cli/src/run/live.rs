@@ -38,7 +38,7 @@ impl Seen {
 impl LiveLine {
     pub(crate) fn start(duration: Duration, machine: &Machine) -> Self {
         let bar = ProgressBar::new(u64::try_from(duration.as_millis()).unwrap_or(u64::MAX));
-        let style = ProgressStyle::with_template("{elapsed:>4} {bar:16} {msg}");
+        let style = ProgressStyle::with_template("{elapsed:>4} {bar:10} {wide_msg}");
         bar.set_style(style.expect("the template is well-formed"));
         Self { bar, last: Seen::now(machine) }
     }
