@@ -1,0 +1,103 @@
+//! Each safety rule that `run` can switch off: the guest notices within seconds, or its memory is lost.
+//!
+//! The options provoke what a rule is there for. Without them some breaks would rarely show, since the kernel keeps
+//! parts of the rules by itself: freeing a page of a memory file unmaps it, and a page that the file no longer holds
+//! cannot be mapped, which is an error (and a poisoned page), not a wrong byte. What remains, and is provoked:
+//!
+//! * A page that is written between its copy to the store and its end: a hot set that fits into memory and is evicted
+//!   all the time (`evict-without-invalidation`, `verify-always-fresh`).
+//! * A fault that looks a page up just before that is freed: the same, discarded all the time
+//!   (`discard-without-invalidation`).
+//! * `zap-forgets-last-frame` leaves one page of a range mapped. A guest that runs through the range faults on another
+//!   of its pages first, and waits; so only ranges of a single page show it, which a budget of one page gives.
+//!
+//! The same breaks at chosen points of the interleaving, always noticed: `tests/mutations.rs` of `afterimage-memory`.
+
+mod command;
+
+use command::{alone, has_guest, run};
+
+/// Seconds that a break may go unnoticed, one run each, with a seed of its own.
+const SECONDS: u64 = 10;
+
+/// Memory that is all resident, most of it idle, some of it in use without pause while it is taken away.
+const HOT: &[&str] =
+    &["--workload", "hot", "--memory", "2m", "--resident", "2m", "--pressure", "2000", "--precheck", "off"];
+/// Memory with room for a single page.
+const CRAMPED: &[&str] =
+    &["--memory", "16k", "--resident", "4k", "--vcpus", "1", "--backing", "anonymous", "--precheck", "off"];
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Noticed {
+    /// By the guest: a page is not what it must be.
+    WrongPage,
+    /// By the guest, or by the kernel: a page cannot be mapped any more.
+    WrongPageOrFailure,
+}
+
+#[track_caller]
+fn is_noticed(test: &str, rule: &str, options: &[&str], noticed: Noticed) {
+    let _alone = alone();
+    if !has_guest(test) {
+        return;
+    }
+    for seed in 1..=SECONDS {
+        let seed = seed.to_string();
+        let always = ["--duration", "1s", "--seed", &seed];
+        let broken = run(always.iter().chain(options).chain(&["--break", rule]));
+        let wrong = broken.number("/wrong_pages") > 0;
+        let failed = !broken.failures().is_empty();
+        assert_eq!(broken.ended.code(), i32::from(wrong || failed), "{:?}", broken.ended);
+        if wrong {
+            assert!(broken.ended.stdout.contains("\nWRONG PAGE: vCPU "), "{}", broken.ended.stdout);
+        }
+        if wrong || failed && noticed == Noticed::WrongPageOrFailure {
+            return;
+        }
+    }
+    panic!("{rule} went unnoticed for {SECONDS} seconds");
+}
+
+/// With every rule in force nothing is wrong, however rough the options.
+#[test]
+fn unbroken_rules_hold() {
+    let _alone = alone();
+    if !has_guest("unbroken_rules_hold") {
+        return;
+    }
+    for options in [HOT, CRAMPED] {
+        let run = run(["--duration", "2s"].iter().chain(options));
+        assert_eq!((run.number("/wrong_pages"), run.failures()), (0, vec![]), "{options:?}");
+        assert_eq!(run.ended.code(), 0, "{options:?}: {:?}", run.ended);
+    }
+}
+
+#[test]
+fn a_check_that_finds_everything_fresh_is_noticed() {
+    let test = "a_check_that_finds_everything_fresh_is_noticed";
+    is_noticed(test, "verify-always-fresh", HOT, Noticed::WrongPageOrFailure);
+}
+
+#[test]
+fn a_zap_that_forgets_a_frame_is_noticed() {
+    let test = "a_zap_that_forgets_a_frame_is_noticed";
+    is_noticed(test, "zap-forgets-last-frame", CRAMPED, Noticed::WrongPage);
+}
+
+#[test]
+fn a_discard_without_an_invalidation_is_noticed() {
+    let test = "a_discard_without_an_invalidation_is_noticed";
+    is_noticed(test, "discard-without-invalidation", HOT, Noticed::WrongPageOrFailure);
+}
+
+#[test]
+fn an_eviction_without_an_invalidation_is_noticed() {
+    let test = "an_eviction_without_an_invalidation_is_noticed";
+    is_noticed(test, "evict-without-invalidation", HOT, Noticed::WrongPage);
+}
+
+#[test]
+fn a_discard_that_keeps_the_bytes_is_noticed() {
+    let test = "a_discard_that_keeps_the_bytes_is_noticed";
+    is_noticed(test, "discard-keeps-bytes", HOT, Noticed::WrongPage);
+}
