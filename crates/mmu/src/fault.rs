@@ -111,7 +111,7 @@ pub enum FaultOutcome {
 /// A fault that retrying does not help. `E` is the primary MMU's error, `M` the secondary's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
-pub enum FaultError<E: fmt::Debug, M: fmt::Debug> {
+pub enum FaultError<E: fmt::Debug + fmt::Display, M: fmt::Debug + fmt::Display> {
     /// The virtual machine was released.
     #[error("guest frame {0} was touched after the virtual machine was released")]
     Released(Gfn),
@@ -133,7 +133,7 @@ pub enum FaultError<E: fmt::Debug, M: fmt::Debug> {
         accessed: Privacy,
     },
     /// The page's content is lost; poison is installed in its place.
-    #[error("the content of guest frame {gfn} is lost and it is poisoned: {cause:?}")]
+    #[error("the content of guest frame {gfn} is lost and it is poisoned: {cause}")]
     Poisoned {
         /// The frame.
         gfn: Gfn,
@@ -141,7 +141,7 @@ pub enum FaultError<E: fmt::Debug, M: fmt::Debug> {
         cause: E,
     },
     /// The primary MMU has no such page.
-    #[error("guest frame {gfn} has no page: {cause:?}")]
+    #[error("guest frame {gfn} has no page: {cause}")]
     NoPage {
         /// The frame.
         gfn: Gfn,
@@ -149,7 +149,7 @@ pub enum FaultError<E: fmt::Debug, M: fmt::Debug> {
         cause: E,
     },
     /// The translation cannot be installed.
-    #[error("guest frame {gfn} cannot be mapped: {cause:?}")]
+    #[error("guest frame {gfn} cannot be mapped: {cause}")]
     CannotMap {
         /// The frame.
         gfn: Gfn,

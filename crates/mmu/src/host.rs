@@ -149,7 +149,7 @@ pub trait PrimaryMmu {
     /// A reference to a resident page.
     type Page: PageRef;
     /// What can go wrong with a page.
-    type Error: fmt::Debug;
+    type Error: fmt::Debug + fmt::Display;
 
     /// Makes the page behind `fault.gfn` of `slot` resident. May sleep within `patience`, may itself invalidate.
     ///
@@ -244,7 +244,7 @@ pub trait SecondaryMmu: Sized + Send + Sync {
     /// Objects a vCPU keeps so that nothing allocates under the lock.
     type Cache: Default + Send;
     /// Why an install can fail for good.
-    type Error: fmt::Debug;
+    type Error: fmt::Debug + fmt::Display;
 
     /// The frames that an install for `gfn` covers: a whole huge page, or just the frame. Faults are checked
     /// against invalidations of any of them. Must lie in the slot, and be told from the slot alone: it is asked

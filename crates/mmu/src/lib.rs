@@ -85,7 +85,7 @@
 //!
 //! impl PrimaryMmu for Backing {
 //!     type Page = Page;
-//!     type Error = ();
+//!     type Error = &'static str;
 //!
 //!     fn fault_in(
 //!         &self,
@@ -93,7 +93,7 @@
 //!         fault: &Fault,
 //!         _since: &Snapshot,
 //!         _patience: Patience,
-//!     ) -> Result<Page, FaultInError<()>> {
+//!     ) -> Result<Page, FaultInError<&'static str>> {
 //!         Ok(Page(Pfn::new(self.behind(slot.hva_of(fault.gfn)).load(Acquire))))
 //!     }
 //! }
@@ -105,7 +105,7 @@
 //!     type Platform = Spin;
 //!     type Page = Page;
 //!     type Cache = ();
-//!     type Error = ();
+//!     type Error = &'static str;
 //!
 //!     fn map(
 //!         &self,
@@ -114,7 +114,7 @@
 //!         _fault: &Fault,
 //!         page: &Page,
 //!         _cache: &mut (),
-//!     ) -> Result<Mapped, ()> {
+//!     ) -> Result<Mapped, &'static str> {
 //!         let entry = &self.0[fresh.range().start.as_u64() as usize];
 //!         match entry.compare_exchange(0, page.pfn().as_u64() << 1 | 1, AcqRel, Acquire) {
 //!             Ok(_) => Ok(Mapped::Fixed),
@@ -122,8 +122,8 @@
 //!         }
 //!     }
 //!
-//!     fn poison(&self, _fresh: Fresh<'_>, _slot: &Memslot) -> Result<Mapped, ()> {
-//!         Err(())
+//!     fn poison(&self, _fresh: Fresh<'_>, _slot: &Memslot) -> Result<Mapped, &'static str> {
+//!         Err("no page is ever lost here")
 //!     }
 //!
 //!     // What it reports as unflushed, the engine flushes: by default it asks the vCPUs that are in the guest.

@@ -18,6 +18,7 @@
 //! Two kinds of fault wait as long as it takes: those on memory that is in no memslot, which may be in one again, and
 //! those of a worker that is stopped. Stop the guest first.
 
+use core::fmt;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -65,7 +66,7 @@ impl Default for ServeOptions {
 
 /// A fault that ended badly: the page was poisoned, and its user stops.
 #[derive(Debug)]
-pub struct FaultReport<E: core::fmt::Debug> {
+pub struct FaultReport<E: fmt::Debug + fmt::Display> {
     /// The guest frame.
     pub gfn: Gfn,
     /// Why.
@@ -90,8 +91,8 @@ struct Stop {
     ring: Box<dyn Fn() + Send + Sync>,
 }
 
-impl core::fmt::Debug for Stop {
-    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+impl fmt::Debug for Stop {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Stop").field("asked", &self.asked).finish_non_exhaustive()
     }
 }
@@ -340,10 +341,10 @@ where
     fn try_last(&mut self, raised: Raised, fault: &Fault) -> Result<Tried, UffdError> {
         let gfn = fault.gfn;
         match self.vcpu.handle_fault(&LastTry(self.primary), fault) {
-            Err(FaultError::Poisoned { cause: Some(cause), .. }) => {
+            Err(FaultError::Poisoned { cause: Lack::Page(cause), .. }) => {
                 Ok(self.ended_badly(gfn, FaultError::NoPage { gfn, cause }))
             }
-            Err(FaultError::Poisoned { cause: None, .. }) => {
+            Err(FaultError::Poisoned { cause: Lack::Memory, .. }) => {
                 Ok(self.ended_badly(gfn, FaultError::NoMemory(gfn)))
             }
             Err(FaultError::CannotMap { cause, .. }) => {
@@ -455,13 +456,28 @@ enum Hope {
     Gone,
 }
 
+/// Why a page is not to be had.
+#[derive(Debug)]
+enum Lack<E> {
+    Memory,
+    Page(E),
+}
+
+impl<E: fmt::Display> fmt::Display for Lack<E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Memory => f.write_str("there is no memory for it"),
+            Self::Page(cause) => cause.fmt(f),
+        }
+    }
+}
+
 /// The primary MMU, asked for the last time: what it does not give now is lost.
 struct LastTry<'m, M>(&'m M);
 
 impl<M: PrimaryMmu> PrimaryMmu for LastTry<'_, M> {
     type Page = M::Page;
-    /// `None`: there is no memory.
-    type Error = Option<M::Error>;
+    type Error = Lack<M::Error>;
 
     fn fault_in(
         &self,
@@ -473,9 +489,9 @@ impl<M: PrimaryMmu> PrimaryMmu for LastTry<'_, M> {
         self.0.fault_in(slot, fault, since, patience).map_err(|error| match error {
             FaultInError::WouldWait => FaultInError::WouldWait,
             FaultInError::ReadOnly => FaultInError::ReadOnly,
-            FaultInError::Interrupted | FaultInError::NoMemory => FaultInError::Poisoned(None),
+            FaultInError::Interrupted | FaultInError::NoMemory => FaultInError::Poisoned(Lack::Memory),
             FaultInError::Poisoned(cause) | FaultInError::Failed(cause) => {
-                FaultInError::Poisoned(Some(cause))
+                FaultInError::Poisoned(Lack::Page(cause))
             }
         })
     }

@@ -60,7 +60,7 @@ pub(crate) struct AllResident;
 
 impl PrimaryMmu for AllResident {
     type Page = Number;
-    type Error = ();
+    type Error = &'static str;
 
     fn fault_in(
         &self,
@@ -68,7 +68,7 @@ impl PrimaryMmu for AllResident {
         fault: &Fault,
         _since: &Snapshot,
         _patience: Patience,
-    ) -> Result<Number, FaultInError<()>> {
+    ) -> Result<Number, FaultInError<&'static str>> {
         Ok(Number(Pfn::new(slot.hva_of(fault.gfn).as_u64() >> 12)))
     }
 }
@@ -77,7 +77,7 @@ impl SecondaryMmu for Words {
     type Platform = Bare;
     type Page = Number;
     type Cache = ();
-    type Error = ();
+    type Error = &'static str;
 
     fn map(
         &self,
@@ -86,7 +86,7 @@ impl SecondaryMmu for Words {
         fault: &Fault,
         page: &Number,
         _cache: &mut (),
-    ) -> Result<Mapped, ()> {
+    ) -> Result<Mapped, &'static str> {
         let word = &self.0[fault.gfn.as_u64() as usize];
         let seen = word.load(Ordering::Acquire);
         let leaf = page.pfn().as_u64() << 1 | 1;
@@ -96,8 +96,8 @@ impl SecondaryMmu for Words {
         }
     }
 
-    fn poison(&self, _fresh: Fresh<'_>, _slot: &Memslot) -> Result<Mapped, ()> {
-        Err(())
+    fn poison(&self, _fresh: Fresh<'_>, _slot: &Memslot) -> Result<Mapped, &'static str> {
+        Err("no page is ever lost here")
     }
 
     fn zap(&self, _slot: &Memslot, gfns: GfnRange, _zap: Zap, walk: &mut ZapWalk<'_, Self>) {

@@ -40,15 +40,22 @@ impl SecondaryMmu for OneEntry {
     type Platform = Loom;
     type Page = Page;
     type Cache = ();
-    type Error = ();
+    type Error = &'static str;
 
-    fn map(&self, _: Fresh<'_>, _: &Memslot, _: &Fault, page: &Page, _: &mut ()) -> Result<Mapped, ()> {
+    fn map(
+        &self,
+        _: Fresh<'_>,
+        _: &Memslot,
+        _: &Fault,
+        page: &Page,
+        _: &mut (),
+    ) -> Result<Mapped, &'static str> {
         self.0.store(page.0, Ordering::Relaxed);
         Ok(Mapped::Fixed)
     }
 
-    fn poison(&self, _: Fresh<'_>, _: &Memslot) -> Result<Mapped, ()> {
-        Err(())
+    fn poison(&self, _: Fresh<'_>, _: &Memslot) -> Result<Mapped, &'static str> {
+        Err("no page is ever lost here")
     }
 
     fn zap(&self, _: &Memslot, gfns: GfnRange, _: Zap, walk: &mut ZapWalk<'_, Self>) {
@@ -63,9 +70,15 @@ struct OnePage(AtomicU64);
 
 impl PrimaryMmu for OnePage {
     type Page = Page;
-    type Error = ();
+    type Error = &'static str;
 
-    fn fault_in(&self, _: &Memslot, _: &Fault, _: &Snapshot, _: Patience) -> Result<Page, FaultInError<()>> {
+    fn fault_in(
+        &self,
+        _: &Memslot,
+        _: &Fault,
+        _: &Snapshot,
+        _: Patience,
+    ) -> Result<Page, FaultInError<&'static str>> {
         Ok(Page(self.0.load(Ordering::Relaxed)))
     }
 }
