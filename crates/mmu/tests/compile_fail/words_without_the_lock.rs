@@ -6,7 +6,7 @@ struct Nothing;
 
 impl Witness for Nothing {
     fn invalidations(&self) -> &Invalidations {
-        unimplemented!()
+        loop {}
     }
 }
 
