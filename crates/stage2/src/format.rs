@@ -188,6 +188,8 @@ pub trait Format: sealed::Sealed + Copy + core::fmt::Debug + Default + Send + Sy
     const PFN_BITS: u32;
     /// Whether an entry tells a clean writable page from a dirty one. Where it does not, every writable page is dirty.
     const HAS_DIRTY: bool;
+    /// Whether a leaf that was not used is hidden from hardware, for want of an A bit.
+    const HIDES_UNUSED: bool = false;
     /// The word of an entry that says nothing.
     const ABSENT: u64 = 0;
     /// The word of an entry that a thread owns in mid-change.

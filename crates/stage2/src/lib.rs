@@ -1,13 +1,26 @@
 //! Hardware stage-2 page tables that many vCPUs change at once: what a guest's accesses are translated by.
 //!
-//! [`Format`] says what the words mean: Intel EPT, AMD NPT, Arm VMSAv8-64 stage 2, RISC-V Sv39x4 and Sv48x4.
+//! * [`Format`] says what the words mean: Intel EPT, AMD NPT, Arm VMSAv8-64 stage 2, RISC-V Sv39x4 and Sv48x4.
+//! * [`Tables`] are the tables: any number of threads map, walk, zap, protect and age at once, without a lock.
+//! * [`TableMemory`] is where the tables lie, [`TableCache`] what a vCPU keeps of it at hand.
 #![no_std]
 #![warn(clippy::std_instead_of_core, clippy::std_instead_of_alloc, clippy::alloc_instead_of_core)]
 
+extern crate alloc;
+#[cfg(test)]
+extern crate std;
+
 mod format;
+mod leaves;
+mod memory;
+mod sync;
+mod table;
 
 pub use format::ept::{ACCESSED_DIRTY, Ept, Ept4, Ept5, MODE_BASED_EXECUTE};
 pub use format::npt::{Npt, Npt4, Npt5};
 pub use format::riscv::{Sv39x4, Sv48x4, Svx4};
 pub use format::vmsa::Vmsa;
 pub use format::{Entry, Execute, Format, Leaf, MMIO_GENERATION_BITS, MemoryType, Refused, Writable};
+pub use leaves::{LeafEntry, Leaves, Step};
+pub use memory::{ENTRIES, HeapMemory, TableCache, TableMemory};
+pub use table::{MapError, Tables, Translation, Walked};

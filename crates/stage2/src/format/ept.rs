@@ -231,6 +231,7 @@ impl<const LEVELS: u8, const FEATURES: u8> Format for Ept<LEVELS, FEATURES> {
     const LARGEST_LEAF: PageSize = PageSize::Size1G;
     const PFN_BITS: u32 = PFN_BITS;
     const HAS_DIRTY: bool = Self::HAS_AD;
+    const HIDES_UNUSED: bool = !Self::HAS_AD;
     const FROZEN: u64 = FROZEN;
 
     #[inline]

@@ -1,0 +1,215 @@
+//! The leaves of a range, one by one, and what can be done with each: take it away, write-protect it, age it.
+//!
+//! A walk over a range looks at every entry once, in order, and follows links as it meets them. It holds no position
+//! that a change can spoil: between two steps it may be dropped and begun again at the frame behind the last step.
+//! What is installed behind it while it runs it does not see; the invalidation protocol keeps that away.
+//!
+//! Source: Linux `tdp_iter`, `tdp_mmu_zap_leafs`, `kvm_tdp_mmu_age_gfn_range`.
+
+use core::fmt;
+use core::marker::PhantomData;
+
+use afterimage_mmu::{Age, Gfn, GfnRange, Level};
+
+use crate::format::{Entry, Format, Leaf, Writable};
+use crate::memory::TableMemory;
+use crate::sync::{AtomicU64, Ordering};
+use crate::table::{TableRef, Tables, entry_block};
+
+/// One step of a walk over a range.
+#[derive(Debug)]
+pub enum Step<'t, F: Format> {
+    /// A leaf that maps a frame of the range; a large one may begin before it and end after it.
+    Leaf(LeafEntry<'t, F>),
+    /// Frames that nothing maps, up to the end of a table or of a large entry.
+    Gap(GfnRange),
+}
+
+/// A walk over the leaves of a range. See [`Tables::leaves`].
+pub struct Leaves<'t, F: Format, M: TableMemory> {
+    tables: &'t Tables<F, M>,
+    at: Gfn,
+    end: Gfn,
+    /// The table that was left last, and the end of what it translates.
+    inside: Option<(TableRef<'t, F, M>, Gfn)>,
+}
+
+impl<F: Format, M: TableMemory> fmt::Debug for Leaves<'_, F, M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Leaves").field("at", &self.at).field("end", &self.end).finish_non_exhaustive()
+    }
+}
+
+impl<F: Format, M: TableMemory> Tables<F, M> {
+    /// Walks over the leaves of `gfns`, those that overlap its ends too.
+    pub fn leaves(&self, gfns: GfnRange) -> Leaves<'_, F, M> {
+        let part = gfns.intersection(self.reach());
+        Leaves { tables: self, at: part.start, end: part.end, inside: None }
+    }
+
+    /// Takes every leaf of `gfns` away; how many frames they mapped. The caller flushes.
+    pub fn zap(&self, gfns: GfnRange) -> u64 {
+        self.leaves(gfns)
+            .filter_map(|step| match step {
+                Step::Leaf(leaf) => leaf.take_away(),
+                Step::Gap(_) => None,
+            })
+            .map(|leaf| leaf.size.frames())
+            .sum()
+    }
+
+    /// Leaves no leaf of `gfns` writable: each becomes `left` at most. How many frames were writable. The caller flushes.
+    pub fn write_protect(&self, gfns: GfnRange, left: Writable) -> u64 {
+        self.leaves(gfns)
+            .filter_map(|step| match step {
+                Step::Leaf(leaf) => leaf.write_protect(left),
+                Step::Gap(_) => None,
+            })
+            .filter(|leaf| leaf.writable.is_allowed())
+            .map(|leaf| leaf.size.frames())
+            .sum()
+    }
+
+    /// Whether any leaf of `gfns` was used since its mark was taken away; `Age::Clear` takes the marks away.
+    ///
+    /// Needs no lock and no flush: an access through a stale TLB entry is missed, and only that.
+    pub fn age(&self, gfns: GfnRange, age: Age) -> bool {
+        let mut young = false;
+        for step in self.leaves(gfns) {
+            if let Step::Leaf(leaf) = step {
+                young |= leaf.age(age);
+            }
+            if young && age == Age::Test {
+                break;
+            }
+        }
+        young
+    }
+}
+
+impl<'t, F: Format, M: TableMemory> Iterator for Leaves<'t, F, M> {
+    type Item = Step<'t, F>;
+
+    fn next(&mut self) -> Option<Step<'t, F>> {
+        let mut gap: Option<GfnRange> = None;
+        while self.at < self.end {
+            let (table, table_end) = match self.inside {
+                Some((table, end)) if self.at < end => (table, end),
+                _ if gap.is_some() => break,
+                _ => {
+                    let root = self.tables.root_table();
+                    (root, root.span(self.at).end)
+                }
+            };
+            self.inside = Some((table, table_end));
+            let place = table.look(self.at);
+            let here = entry_block(self.at, table.level());
+            if let Some(child) = place.child {
+                self.inside = Some((child, here.end));
+                continue;
+            }
+            match place.said {
+                Entry::Leaf(_) | Entry::Frozen => {
+                    if gap.is_some() {
+                        break;
+                    }
+                    self.at = here.end;
+                    return Some(Step::Leaf(LeafEntry {
+                        entry: place.entry,
+                        level: place.level,
+                        gfns: here,
+                        format: PhantomData,
+                    }));
+                }
+                Entry::Absent | Entry::Mmio(_) | Entry::Foreign | Entry::Table(_) => {
+                    let skipped = GfnRange::new(self.at, here.end.min(self.end));
+                    gap = Some(gap.map_or(skipped, |gap| gap.hull(skipped)));
+                    self.at = skipped.end;
+                }
+            }
+        }
+        gap.map(Step::Gap)
+    }
+}
+
+/// An entry that held a leaf when the walk came by.
+pub struct LeafEntry<'t, F: Format> {
+    entry: &'t AtomicU64,
+    level: Level,
+    gfns: GfnRange,
+    format: PhantomData<F>,
+}
+
+impl<F: Format> fmt::Debug for LeafEntry<'_, F> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LeafEntry").field("gfns", &self.gfns).field("leaf", &self.leaf()).finish()
+    }
+}
+
+impl<F: Format> LeafEntry<'_, F> {
+    /// The frames that it maps.
+    pub fn gfns(&self) -> GfnRange {
+        self.gfns
+    }
+
+    /// What it says now; `None` if it is a leaf no more.
+    pub fn leaf(&self) -> Option<Leaf> {
+        match F::decode(self.entry.load(Ordering::Acquire), self.level) {
+            Entry::Leaf(leaf) => Some(leaf),
+            _ => None,
+        }
+    }
+
+    /// Takes the leaf away; what it said last, with every mark that was set by then. `None`: someone else did, first.
+    pub fn take_away(&self) -> Option<Leaf> {
+        self.change(|_| None)
+    }
+
+    /// Leaves at most `left` of the permission to write; what it said before. `None`: it is a leaf no more.
+    pub fn write_protect(&self, left: Writable) -> Option<Leaf> {
+        debug_assert!(!left.is_allowed());
+        self.change(|leaf| Some(Leaf { writable: leaf.writable.min(left), ..leaf }))
+    }
+
+    /// Whether it was used since its mark was taken away; `Age::Clear` takes it away, if nobody changes the entry at
+    /// this moment (which somebody who uses it does).
+    pub fn age(&self, age: Age) -> bool {
+        let raw = self.entry.load(Ordering::Acquire);
+        let Entry::Leaf(leaf) = F::decode(raw, self.level) else { return false };
+        if leaf.accessed
+            && age == Age::Clear
+            && let Ok(old) = F::encode_leaf(Leaf { accessed: false, ..leaf })
+        {
+            let _ = self.entry.compare_exchange(raw, old, Ordering::AcqRel, Ordering::Relaxed);
+        }
+        leaf.accessed
+    }
+
+    /// Replaces the leaf by what `next` makes of it (`None`: nothing), however often hardware marks it meanwhile.
+    fn change(&self, next: impl Fn(Leaf) -> Option<Leaf>) -> Option<Leaf> {
+        let mut raw = self.entry.load(Ordering::Acquire);
+        loop {
+            let leaf = match F::decode(raw, self.level) {
+                Entry::Leaf(leaf) => leaf,
+                Entry::Frozen => {
+                    // Its owner is in mid-change and holds no lock that we could hold: it publishes soon.
+                    core::hint::spin_loop();
+                    raw = self.entry.load(Ordering::Acquire);
+                    continue;
+                }
+                _ => return None,
+            };
+            let new = match next(leaf) {
+                Some(new) if new == leaf => return Some(leaf),
+                Some(new) => {
+                    F::encode_leaf(new).expect("a decoded leaf can be encoded with fewer permissions")
+                }
+                None => F::ABSENT,
+            };
+            match self.entry.compare_exchange(raw, new, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => return Some(leaf),
+                Err(now) => raw = now,
+            }
+        }
+    }
+}
