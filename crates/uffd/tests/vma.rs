@@ -1,0 +1,43 @@
+//! What memory a [`UffdMmu`] takes, and how it is split.
+
+#![expect(unsafe_code, reason = "memory is locked by address")]
+
+mod facility;
+
+use std::sync::Arc;
+
+use afterimage_mmu::PageSize;
+use afterimage_uffd::{Backing, Features, Mapping, UffdError, UffdMmu};
+use facility::uffd;
+
+fn tables(mapping: &Arc<Mapping>, descriptors: usize, workers: usize) -> Option<Result<(), UffdError>> {
+    let uffds =
+        (0..descriptors).map(|_| uffd("UffdMmu", Features::PAGEFAULT_FLAG_WP)).collect::<Option<_>>()?;
+    Some(UffdMmu::<()>::new(Arc::clone(mapping), Backing::Anonymous, uffds, workers).map(drop))
+}
+
+#[test]
+fn locked_memory_is_refused_since_it_could_not_be_taken_away() {
+    let bytes = PageSize::Size4K.bytes() * 4;
+    let mapping = Arc::new(Mapping::anonymous(bytes, PageSize::Size4K).expect("memory"));
+    // SAFETY: the mapping is that long, and locking changes no contents.
+    unsafe { rustix::mm::mlock(mapping.as_ptr().cast(), bytes as usize) }.expect("16 KiB may be locked");
+    let Some(refused) = tables(&mapping, 1, 1) else { return };
+    assert!(matches!(refused, Err(UffdError::Advise { .. })), "{refused:?}");
+}
+
+#[test]
+fn memory_is_not_split_into_more_parts_than_pages_nor_served_by_nobody() {
+    let mapping =
+        Arc::new(Mapping::anonymous(PageSize::Size4K.bytes() * 4, PageSize::Size4K).expect("memory"));
+    for (descriptors, workers, fits) in
+        [(4, 1, true), (3, 2, true), (5, 1, false), (0, 1, false), (1, 0, false)]
+    {
+        let Some(result) = tables(&mapping, descriptors, workers) else { return };
+        match result {
+            Ok(()) => assert!(fits, "{descriptors} descriptors, {workers} workers"),
+            Err(UffdError::NoParts { .. }) => assert!(!fits, "{descriptors} descriptors, {workers} workers"),
+            Err(other) => panic!("{other}"),
+        }
+    }
+}
