@@ -2,6 +2,7 @@
 //!
 //! * [`Format`] says what the words mean: Intel EPT, AMD NPT, Arm VMSAv8-64 stage 2, RISC-V Sv39x4 and Sv48x4.
 //! * [`Tables`] are the tables: any number of threads map, walk, zap, protect and age at once, without a lock.
+//! * [`Stage2`] is the engine's [`SecondaryMmu`](afterimage_mmu::SecondaryMmu) over them.
 //! * [`TableMemory`] is where the tables lie, [`TableCache`] what a vCPU keeps of it at hand.
 #![no_std]
 #![warn(clippy::std_instead_of_core, clippy::std_instead_of_alloc, clippy::alloc_instead_of_core)]
@@ -13,6 +14,7 @@ extern crate std;
 mod format;
 mod leaves;
 mod memory;
+mod stage2;
 mod sync;
 mod table;
 
@@ -23,4 +25,5 @@ pub use format::vmsa::Vmsa;
 pub use format::{Entry, Execute, Format, Leaf, MMIO_GENERATION_BITS, MemoryType, Refused, Writable};
 pub use leaves::{LeafEntry, Leaves, Step};
 pub use memory::{ENTRIES, HeapMemory, TableCache, TableMemory};
+pub use stage2::{Host, Stage2};
 pub use table::{MapError, Tables, Translation, Walked};
