@@ -172,10 +172,7 @@ pub(crate) fn a_lost_page_is_poisoned_and_says_why() {
     machine.frames.answer_with([FaultInError::Poisoned("disk gone")]);
     let poisoned = FaultError::Poisoned { gfn: Gfn::new(3), cause: "disk gone" };
     assert_eq!(guest.fault(3, Access::READ), Err(poisoned));
-    assert_eq!(
-        poisoned.to_string(),
-        "the content of guest frame 0x3 is lost and it is poisoned: disk gone"
-    );
+    assert_eq!(poisoned.to_string(), "the content of guest frame 0x3 is lost and it is poisoned: disk gone");
     assert_eq!(machine.entry(3), Entry::Poison);
     assert_eq!(machine.mmu.fault_stats().poisoned, 1);
 }
