@@ -34,6 +34,7 @@ fn check_good(run: &Run) {
     for pointer in NUMBERS {
         run.number(pointer);
     }
+    assert!(run.number("/elapsed_ms") >= run.number("/options/duration_ms"), "it ran to its end: {json:#}");
     assert!(run.number("/accesses") > 0, "{json:#}");
     assert!(run.number("/faults/taken") > 0, "{json:#}");
     let points = ["before_fault_in", "after_fault_in", "under_lock", "lost_race", "slot_changing"];
@@ -284,6 +285,16 @@ fn tiny_memory_is_enough() {
         &["--memory", "8k", "--resident", "4k", "--vcpus", "1"],
         json!({ "memory": 8192, "resident": 4096 }),
     );
+}
+
+#[test]
+fn without_pressure_only_the_budget_evicts() {
+    let _alone = alone();
+    if !has_guest("without_pressure_only_the_budget_evicts") {
+        return;
+    }
+    let run = good(&["--memory", "8m", "--resident", "8m", "--pressure", "0"], json!({ "pressure": 0 }));
+    assert_eq!(run.number("/invalidations/evict/count"), 0, "{:#}", run.json);
 }
 
 /// More evictions a second than a clock can tell apart are as many as possible, not none.

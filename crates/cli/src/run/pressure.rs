@@ -63,6 +63,8 @@ impl Pressure {
         for kind in &plan.invalidate {
             let reach = reach.clone();
             match kind {
+                // Only the budget evicts. A thread without work would end, which is what a failed one does.
+                Kind::Evict if plan.pressure == 0 => {}
                 Kind::Evict => {
                     let per_second = plan.pressure;
                     let batch = EVICT_FRAMES.max(plan.page_size.frames());
