@@ -208,6 +208,9 @@ pub trait Format: sealed::Sealed + Copy + core::fmt::Debug + Default + Send + Sy
     /// The word that says: no memory, under this `generation`. `None` where the format, or the generation, forbids it.
     fn encode_mmio(generation: u64) -> Option<u64>;
 
+    /// The table that `raw` links in a table of `level`: what [`decode`](Self::decode) says, for a walk that is in a hurry.
+    fn child(raw: u64, level: Level) -> Option<Pfn>;
+
     /// What `raw` says in an entry of a table of `level`. Any word is allowed.
     fn decode(raw: u64, level: Level) -> Entry;
 }

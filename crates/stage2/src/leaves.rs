@@ -108,7 +108,7 @@ impl<'t, F: Format, M: TableMemory> Iterator for Leaves<'t, F, M> {
                 self.inside = Some((child, here.end));
                 continue;
             }
-            match place.said {
+            match place.said() {
                 Entry::Leaf(_) | Entry::Frozen => {
                     if gap.is_some() {
                         break;

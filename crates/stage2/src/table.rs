@@ -174,12 +174,11 @@ mod reach {
             // Both a root's and a child's length is a power of two.
             let entry = &self.entries[index as usize & (self.entries.len() - 1)];
             let raw = entry.load(Ordering::Acquire);
-            let said = F::decode(raw, self.level);
-            let child = match (said, Level::new(self.level.number() - 1)) {
-                (Entry::Table(child), Some(level)) => Some(Self::new(self.tables, child, ENTRIES, level)),
+            let child = match (F::child(raw, self.level), Level::new(self.level.number() - 1)) {
+                (Some(child), Some(level)) => Some(Self::new(self.tables, child, ENTRIES, level)),
                 _ => None,
             };
-            Place { entry, raw, said, level: self.level, child }
+            Place { entry, raw, level: self.level, child }
         }
 
         /// The frames that the table translates around `gfn`.
@@ -198,7 +197,7 @@ mod reach {
     fn free_below<F: Format, M: TableMemory>(table: TableRef<'_, F, M>) {
         for index in 0..table.entries.len() as u64 {
             let place = table.look(Gfn::new(index * table.level.frames()));
-            if let (Entry::Table(frame), Some(child)) = (place.said, place.child) {
+            if let (Entry::Table(frame), Some(child)) = (place.said(), place.child) {
                 free_below(child);
                 // SAFETY: (1) a linked frame came from this memory as one page, and has one link; (2) called by `drop`,
                 // so that nobody walks any more, and `child` is not used again.
@@ -226,13 +225,18 @@ impl<F: Format, M: TableMemory> fmt::Debug for Tables<F, M> {
 pub(crate) struct Place<'t, F: Format, M: TableMemory> {
     pub(crate) entry: &'t AtomicU64,
     pub(crate) raw: u64,
-    pub(crate) said: Entry,
     pub(crate) level: Level,
     /// The table that it links.
     pub(crate) child: Option<TableRef<'t, F, M>>,
 }
 
 impl<F: Format, M: TableMemory> Place<'_, F, M> {
+    /// What the word says.
+    #[inline]
+    pub(crate) fn said(&self) -> Entry {
+        F::decode(self.raw, self.level)
+    }
+
     #[inline]
     fn exchange(&self, raw: u64) -> Mapped {
         match self.entry.compare_exchange(self.raw, raw, Ordering::AcqRel, Ordering::Acquire) {
@@ -271,7 +275,7 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
     #[inline]
     pub fn walk(&self, gfn: Gfn) -> Walked {
         match self.find(gfn) {
-            Some(place) => Walked { entry: place.said, level: place.level },
+            Some(place) => Walked { entry: place.said(), level: place.level },
             None => Walked { entry: Entry::Absent, level: F::ROOT_LEVEL },
         }
     }
@@ -343,7 +347,10 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
             let Some(place) = self.descend(gfn, wanted.size.level(), cache)? else {
                 return Ok(Mapped::LostRace);
             };
-            match place.said {
+            if place.raw == F::ABSENT {
+                return Ok(place.exchange(raw));
+            }
+            match place.said() {
                 Entry::Absent | Entry::Mmio(_) => return Ok(place.exchange(raw)),
                 Entry::Frozen => return Ok(Mapped::LostRace),
                 Entry::Leaf(found) => return self.upgrade(&place, gfn, found, wanted),
@@ -377,7 +384,7 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
     /// page fault). `None`: there is no leaf, or `change` wants none of it.
     pub fn upgrade_present(&self, gfn: Gfn, change: impl FnOnce(Leaf) -> Option<Leaf>) -> Option<Mapped> {
         let place = self.find(gfn)?;
-        let Entry::Leaf(found) = place.said else { return None };
+        let Entry::Leaf(found) = place.said() else { return None };
         let wanted = change(found)?;
         debug_assert_eq!((wanted.pfn, wanted.size), (found.pfn, found.size));
         let merged = found.merged(wanted);
@@ -404,12 +411,12 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
             if place.level == target {
                 return Ok(Some(place));
             }
-            match (place.child, place.said) {
-                (Some(child), _) => table = child,
+            match place.child {
+                Some(child) => table = child,
                 // Linked, by us: look again and go down.
-                (None, Entry::Absent) if self.link(&place, cache)? == Mapped::Fixed => {}
-                (None, Entry::Absent) => return Ok(None),
-                (None, _) => return Ok(Some(place)),
+                None if place.raw == F::ABSENT && self.link(&place, cache)? == Mapped::Fixed => {}
+                None if place.raw == F::ABSENT => return Ok(None),
+                None => return Ok(Some(place)),
             }
         }
     }
@@ -436,7 +443,7 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
         let Some(place) = self.descend(gfn, PageSize::Size4K.level(), cache)? else {
             return Ok(Some(Mapped::LostRace));
         };
-        match place.said {
+        match place.said() {
             Entry::Mmio(_) if place.raw == raw => Ok(Some(Mapped::Spurious)),
             Entry::Absent | Entry::Mmio(_) => Ok(Some(place.exchange(raw))),
             Entry::Foreign => Err(foreign(gfn, &place)),

@@ -72,6 +72,11 @@ fn check_leaf<F: Format>(leaf: Leaf) {
 /// A word is not ours, or it is what we would write for what it says (marks of hardware and of tables aside).
 fn check_word<F: Format>(raw: u64) {
     for number in 1..=F::ROOT_LEVEL.number() {
+        let child = match F::decode(raw, level(number)) {
+            Entry::Table(child) => Some(child),
+            _ => None,
+        };
+        assert_eq!(F::child(raw, level(number)), child, "{}: {raw:#x} at level {number}", F::NAME);
         match F::decode(raw, level(number)) {
             Entry::Absent => assert_eq!(raw, F::ABSENT),
             Entry::Frozen => assert_eq!(raw, F::FROZEN),

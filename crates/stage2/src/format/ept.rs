@@ -250,6 +250,11 @@ impl<const LEVELS: u8, const FEATURES: u8> Format for Ept<LEVELS, FEATURES> {
     }
 
     #[inline]
+    fn child(raw: u64, level: Level) -> Option<Pfn> {
+        (raw & (READ | LARGE) == READ && level.number() > 1).then(|| frame(raw))
+    }
+
+    #[inline]
     fn decode(raw: u64, level: Level) -> Entry {
         Self::entry(raw, level)
     }

@@ -178,6 +178,12 @@ impl<const LEVELS: u8> Format for Npt<LEVELS> {
     }
 
     #[inline]
+    fn child(raw: u64, level: Level) -> Option<Pfn> {
+        (raw & (PRESENT | USER | LARGE | RESERVED) == PRESENT | USER && level.number() > 1)
+            .then(|| frame(raw))
+    }
+
+    #[inline]
     fn decode(raw: u64, level: Level) -> Entry {
         Self::entry(raw, level)
     }

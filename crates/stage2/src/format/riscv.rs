@@ -175,6 +175,11 @@ impl<const LEVELS: u8> Format for Svx4<LEVELS> {
     }
 
     #[inline]
+    fn child(raw: u64, level: Level) -> Option<Pfn> {
+        (raw & !FRAME == VALID && level.number() > 1).then(|| frame(raw))
+    }
+
+    #[inline]
     fn decode(raw: u64, level: Level) -> Entry {
         Self::entry(raw, level)
     }

@@ -177,6 +177,11 @@ impl<const IPA_BITS: u8> Format for Vmsa<IPA_BITS> {
     }
 
     #[inline]
+    fn child(raw: u64, level: Level) -> Option<Pfn> {
+        (raw & (VALID | TABLE_OR_PAGE) == VALID | TABLE_OR_PAGE && level.number() > 1).then(|| frame(raw))
+    }
+
+    #[inline]
     fn decode(raw: u64, level: Level) -> Entry {
         Self::entry(raw, level)
     }
