@@ -21,7 +21,7 @@ use super::options::RunPlan;
 fn discard_every(page_size: PageSize) -> u64 {
     match page_size {
         PageSize::Size4K => 3072,
-        PageSize::Size2M | PageSize::Size1G => 256,
+        PageSize::Size2M | PageSize::Size1G => 128,
     }
 }
 /// Accesses of a vCPU between two reads of a page of any vCPU.
