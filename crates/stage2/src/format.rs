@@ -18,6 +18,27 @@
 //! for it here. Nor is there one for a page that is dirty but that nobody was allowed to write. What depends on a
 //! number (alignment, reach) or on an option of the format is [`Refused`] when it is encoded.
 
+/// The part of `impl Format` that is the same for all: encoding and decoding are `const fn`s of the format's type, which a
+/// trait cannot ask for.
+macro_rules! by_const_fns {
+    () => {
+        #[inline]
+        fn encode_table(child: Pfn) -> Result<u64, Refused> {
+            Self::table(child)
+        }
+
+        #[inline]
+        fn encode_leaf(leaf: Leaf) -> Result<u64, Refused> {
+            Self::leaf(leaf)
+        }
+
+        #[inline]
+        fn decode(raw: u64, level: Level) -> Entry {
+            Self::entry(raw, level)
+        }
+    };
+}
+
 pub(crate) mod ept;
 pub(crate) mod npt;
 pub(crate) mod riscv;
@@ -218,6 +239,17 @@ pub trait Format: sealed::Sealed + Copy + core::fmt::Debug + Default + Send + Sy
 pub(crate) mod sealed {
     pub trait Sealed {}
 }
+
+/// What the formats' golden values are told of: a leaf with everything allowed and every mark set.
+#[cfg(test)]
+const FULL_LEAF: Leaf = Leaf {
+    pfn: Pfn::new(0x12345),
+    size: PageSize::Size4K,
+    writable: Writable::Dirty,
+    execute: Execute::Always,
+    memory: MemoryType::WriteBack,
+    accessed: true,
+};
 
 const fn level(number: u8) -> Level {
     match Level::new(number) {

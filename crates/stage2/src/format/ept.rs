@@ -234,15 +234,7 @@ impl<const LEVELS: u8, const FEATURES: u8> Format for Ept<LEVELS, FEATURES> {
     const HIDES_UNUSED: bool = !Self::HAS_AD;
     const FROZEN: u64 = FROZEN;
 
-    #[inline]
-    fn encode_table(child: Pfn) -> Result<u64, Refused> {
-        Self::table(child)
-    }
-
-    #[inline]
-    fn encode_leaf(leaf: Leaf) -> Result<u64, Refused> {
-        Self::leaf(leaf)
-    }
+    by_const_fns!();
 
     #[inline]
     fn encode_mmio(generation: u64) -> Option<u64> {
@@ -253,26 +245,13 @@ impl<const LEVELS: u8, const FEATURES: u8> Format for Ept<LEVELS, FEATURES> {
     fn child(raw: u64, level: Level) -> Option<Pfn> {
         (raw & (READ | LARGE) == READ && level.number() > 1).then(|| frame(raw))
     }
-
-    #[inline]
-    fn decode(raw: u64, level: Level) -> Entry {
-        Self::entry(raw, level)
-    }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::Writable;
+    use super::super::{FULL_LEAF as LEAF, Writable};
     use super::*;
 
-    const LEAF: Leaf = Leaf {
-        pfn: Pfn::new(0x12345),
-        size: PageSize::Size4K,
-        writable: Writable::Dirty,
-        execute: Execute::Always,
-        memory: MemoryType::WriteBack,
-        accessed: true,
-    };
     const HUGE: Leaf = Leaf { pfn: Pfn::new(0x4_0000), size: PageSize::Size1G, ..LEAF };
     type Bare = Ept<4, 0>;
     type Modes = Ept<4, 3>;

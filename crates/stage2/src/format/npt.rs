@@ -162,15 +162,7 @@ impl<const LEVELS: u8> Format for Npt<LEVELS> {
     const HAS_DIRTY: bool = true;
     const FROZEN: u64 = FROZEN;
 
-    #[inline]
-    fn encode_table(child: Pfn) -> Result<u64, Refused> {
-        Self::table(child)
-    }
-
-    #[inline]
-    fn encode_leaf(leaf: Leaf) -> Result<u64, Refused> {
-        Self::leaf(leaf)
-    }
+    by_const_fns!();
 
     #[inline]
     fn encode_mmio(generation: u64) -> Option<u64> {
@@ -182,26 +174,12 @@ impl<const LEVELS: u8> Format for Npt<LEVELS> {
         (raw & (PRESENT | USER | LARGE | RESERVED) == PRESENT | USER && level.number() > 1)
             .then(|| frame(raw))
     }
-
-    #[inline]
-    fn decode(raw: u64, level: Level) -> Entry {
-        Self::entry(raw, level)
-    }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::Writable;
+    use super::super::{FULL_LEAF as LEAF, Writable};
     use super::*;
-
-    const LEAF: Leaf = Leaf {
-        pfn: Pfn::new(0x12345),
-        size: PageSize::Size4K,
-        writable: Writable::Dirty,
-        execute: Execute::Always,
-        memory: MemoryType::WriteBack,
-        accessed: true,
-    };
 
     /// APM 5.3.3: P, W, U (7), A (0x20), D (0x40); ours 52, 53.
     #[test]

@@ -160,15 +160,7 @@ impl<const LEVELS: u8> Format for Svx4<LEVELS> {
     const HAS_DIRTY: bool = true;
     const FROZEN: u64 = FROZEN;
 
-    #[inline]
-    fn encode_table(child: Pfn) -> Result<u64, Refused> {
-        Self::table(child)
-    }
-
-    #[inline]
-    fn encode_leaf(leaf: Leaf) -> Result<u64, Refused> {
-        Self::leaf(leaf)
-    }
+    by_const_fns!();
 
     fn encode_mmio(_generation: u64) -> Option<u64> {
         None
@@ -178,26 +170,12 @@ impl<const LEVELS: u8> Format for Svx4<LEVELS> {
     fn child(raw: u64, level: Level) -> Option<Pfn> {
         (raw & !FRAME == VALID && level.number() > 1).then(|| frame(raw))
     }
-
-    #[inline]
-    fn decode(raw: u64, level: Level) -> Entry {
-        Self::entry(raw, level)
-    }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::Writable;
+    use super::super::{FULL_LEAF as LEAF, Writable};
     use super::*;
-
-    const LEAF: Leaf = Leaf {
-        pfn: Pfn::new(0x12345),
-        size: PageSize::Size4K,
-        writable: Writable::Dirty,
-        execute: Execute::Always,
-        memory: MemoryType::WriteBack,
-        accessed: true,
-    };
 
     /// V, R, W, X, U (0x1f), A, D (0xc0), ours (0x300); frame 0x12345 << 10 is 0x48d1400.
     #[test]

@@ -162,15 +162,7 @@ impl<const IPA_BITS: u8> Format for Vmsa<IPA_BITS> {
     const FROZEN: u64 = FROZEN;
     const GPA_BITS: u32 = IPA_BITS as u32;
 
-    #[inline]
-    fn encode_table(child: Pfn) -> Result<u64, Refused> {
-        Self::table(child)
-    }
-
-    #[inline]
-    fn encode_leaf(leaf: Leaf) -> Result<u64, Refused> {
-        Self::leaf(leaf)
-    }
+    by_const_fns!();
 
     fn encode_mmio(_generation: u64) -> Option<u64> {
         None
@@ -180,26 +172,13 @@ impl<const IPA_BITS: u8> Format for Vmsa<IPA_BITS> {
     fn child(raw: u64, level: Level) -> Option<Pfn> {
         (raw & (VALID | TABLE_OR_PAGE) == VALID | TABLE_OR_PAGE && level.number() > 1).then(|| frame(raw))
     }
-
-    #[inline]
-    fn decode(raw: u64, level: Level) -> Entry {
-        Self::entry(raw, level)
-    }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::Writable;
+    use super::super::{FULL_LEAF as LEAF, Writable};
     use super::*;
 
-    const LEAF: Leaf = Leaf {
-        pfn: Pfn::new(0x12345),
-        size: PageSize::Size4K,
-        writable: Writable::Dirty,
-        execute: Execute::Always,
-        memory: MemoryType::WriteBack,
-        accessed: true,
-    };
     type S2 = Vmsa<40>;
 
     /// Page descriptor: 11; MemAttr 1111 (0x3c); S2AP 11 (0xc0); SH 11 (0x300); AF (0x400); DBM bit 51; ours 55, 56.
