@@ -14,7 +14,7 @@ use afterimage_mmu::{Age, Gfn, GfnRange, Level};
 use crate::format::{Entry, Format, Leaf, Writable};
 use crate::memory::TableMemory;
 use crate::sync::{AtomicU64, Ordering};
-use crate::table::{TableRef, Tables, entry_block};
+use crate::tables::{TableRef, Tables, entry_block};
 
 /// One step of a walk over a range.
 #[derive(Debug)]

@@ -16,7 +16,7 @@ mod leaves;
 mod memory;
 mod stage2;
 mod sync;
-mod table;
+mod tables;
 
 pub use format::ept::{ACCESSED_DIRTY, Ept, Ept4, Ept5, MODE_BASED_EXECUTE};
 pub use format::npt::{Npt, Npt4, Npt5};
@@ -26,4 +26,4 @@ pub use format::{Entry, Execute, Format, Leaf, MMIO_GENERATION_BITS, MemoryType,
 pub use leaves::{LeafEntry, Leaves, Step};
 pub use memory::{ENTRIES, HeapMemory, TableCache, TableMemory};
 pub use stage2::{Host, Stage2};
-pub use table::{MapError, Tables, Translation, Walked};
+pub use tables::{MapError, Tables, Translation, Walked};

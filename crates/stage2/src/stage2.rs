@@ -29,7 +29,7 @@ use afterimage_mmu::{
 use crate::format::{Execute, Format, Leaf, MemoryType, Writable};
 use crate::leaves::Step;
 use crate::memory::{TableCache, TableMemory};
-use crate::table::{MapError, Tables};
+use crate::tables::{MapError, Tables};
 
 /// What the tables run on.
 pub trait Host: Send + Sync {

@@ -1,0 +1,96 @@
+//! Installing a leaf, and the tables on the way to it.
+
+use afterimage_mmu::{Gfn, Level, Mapped, PageSize, Pfn};
+
+use super::reach::Place;
+use super::{MapError, Tables};
+use crate::format::{Entry, Format, Leaf};
+use crate::memory::{TableCache, TableMemory};
+
+impl<F: Format, M: TableMemory> Tables<F, M> {
+    /// Maps the block of `leaf.size` around `gfn` to `leaf`.
+    ///
+    /// Where tables for smaller pages exist already, only the smaller page around `gfn` is mapped. Where a leaf of the
+    /// same frame exists, it gains what `leaf` allows and it does not (`Fixed`), or allows all of it (`Spurious`).
+    /// The caller has topped up `cache`, and knows that `leaf` is current.
+    #[inline]
+    pub fn map(&self, gfn: Gfn, leaf: Leaf, cache: &mut TableCache<M>) -> Result<Mapped, MapError> {
+        let mut wanted = leaf;
+        loop {
+            let raw = F::encode_leaf(wanted)?;
+            let Some(place) = self.descend(gfn, wanted.size.level(), cache)? else {
+                return Ok(Mapped::LostRace);
+            };
+            if place.raw == F::ABSENT {
+                return Ok(place.exchange(raw));
+            }
+            match place.said() {
+                Entry::Absent | Entry::Mmio(_) => return Ok(place.exchange(raw)),
+                Entry::Frozen => return Ok(Mapped::LostRace),
+                Entry::Leaf(found) => return self.upgrade(&place, gfn, found, wanted),
+                Entry::Foreign => return Err(foreign(gfn, &place)),
+                Entry::Table(_) => wanted = wanted.narrowed(gfn),
+            }
+        }
+    }
+
+    /// Goes down to the entry of `gfn` at `target`, linking what is missing. `None`: lost a race.
+    #[inline]
+    pub(super) fn descend(
+        &self,
+        gfn: Gfn,
+        target: Level,
+        cache: &mut TableCache<M>,
+    ) -> Result<Option<Place<'_, F, M>>, MapError> {
+        if !self.reach().contains(gfn) {
+            return Err(MapError::OutOfReach { gfn, bits: F::GPA_BITS });
+        }
+        let mut table = self.root_table();
+        loop {
+            let place = table.look(gfn);
+            if place.level == target {
+                return Ok(Some(place));
+            }
+            match place.child {
+                Some(child) => table = child,
+                // Linked, by us: look again and go down.
+                None if place.raw == F::ABSENT && self.link(&place, cache)? == Mapped::Fixed => {}
+                None if place.raw == F::ABSENT => return Ok(None),
+                None => return Ok(Some(place)),
+            }
+        }
+    }
+
+    #[cold]
+    fn link(&self, place: &Place<'_, F, M>, cache: &mut TableCache<M>) -> Result<Mapped, MapError> {
+        let child = cache.take(&self.memory).ok_or(MapError::NoTable(place.level))?;
+        let linked = F::encode_table(child).map(|raw| place.exchange(raw));
+        if linked != Ok(Mapped::Fixed) {
+            // Never visible to anyone, and zero still.
+            cache.put_back(child);
+        }
+        Ok(linked?)
+    }
+}
+
+pub(super) fn foreign<F: Format, M: TableMemory>(gfn: Gfn, place: &Place<'_, F, M>) -> MapError {
+    MapError::Foreign { gfn, level: place.level, raw: place.raw }
+}
+
+impl Leaf {
+    /// The frame behind `gfn`, which lies in the block that the leaf maps.
+    #[inline]
+    pub fn pfn_of(&self, gfn: Gfn) -> Pfn {
+        Pfn::new(self.pfn.as_u64() + (gfn.as_u64() & (self.size.frames() - 1)))
+    }
+
+    /// The part of it around `gfn`, one size smaller.
+    fn narrowed(self, gfn: Gfn) -> Self {
+        let size = match self.size {
+            PageSize::Size1G => PageSize::Size2M,
+            PageSize::Size2M | PageSize::Size4K => PageSize::Size4K,
+        };
+        let pfn = Pfn::new(self.pfn_of(gfn).as_u64() & !(size.frames() - 1));
+        Self { pfn, size, ..self }
+    }
+}

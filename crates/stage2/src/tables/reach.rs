@@ -1,0 +1,114 @@
+//! From a frame number to the table there, and from a table to an entry: the one place where links are followed.
+
+// UNSAFETY: references to tables are made from frame numbers, and tables are freed in the end.
+#![expect(unsafe_code)]
+
+use afterimage_mmu::{Gfn, GfnRange, Level, Mapped, Pfn};
+
+use super::{Tables, block};
+use crate::format::{Entry, Format};
+use crate::memory::{ENTRIES, TableMemory};
+use crate::sync::{AtomicU64, Ordering};
+
+/// A table that is linked, or the root.
+pub(crate) struct TableRef<'t, F: Format, M: TableMemory> {
+    tables: &'t Tables<F, M>,
+    entries: &'t [AtomicU64],
+    level: Level,
+}
+
+impl<F: Format, M: TableMemory> Clone for TableRef<'_, F, M> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<F: Format, M: TableMemory> Copy for TableRef<'_, F, M> {}
+
+impl<'t, F: Format, M: TableMemory> TableRef<'t, F, M> {
+    /// The table at `frame`, which is the root or was read from a link.
+    #[inline]
+    fn new(tables: &'t Tables<F, M>, frame: Pfn, entries: usize, level: Level) -> Self {
+        let start = tables.memory.entries(frame);
+        // SAFETY: (1) the frame came from `allocate` of this memory, with as many entries: `link` alone writes
+        // links, to such frames, and what is not one of ours is not followed; (2) it is freed by `drop` alone, which
+        // no borrow of the tables outlives; (3) entries are only ever used as atomics.
+        let entries = unsafe { core::slice::from_raw_parts::<AtomicU64>(start, entries) };
+        Self { tables, entries, level }
+    }
+
+    pub(crate) fn level(self) -> Level {
+        self.level
+    }
+
+    /// Reads the entry of `gfn`.
+    #[inline]
+    pub(crate) fn look(self, gfn: Gfn) -> Place<'t, F, M> {
+        let index = gfn.as_u64() / self.level.frames();
+        // Both a root's and a child's length is a power of two.
+        let entry = &self.entries[index as usize & (self.entries.len() - 1)];
+        let raw = entry.load(Ordering::Acquire);
+        let child = match (F::child(raw, self.level), Level::new(self.level.number() - 1)) {
+            (Some(child), Some(level)) => Some(Self::new(self.tables, child, ENTRIES, level)),
+            _ => None,
+        };
+        Place { entry, raw, level: self.level, child }
+    }
+
+    /// The frames that the table translates around `gfn`.
+    pub(crate) fn span(self, gfn: Gfn) -> GfnRange {
+        block(gfn, self.level.frames() * self.entries.len() as u64)
+    }
+}
+
+impl<F: Format, M: TableMemory> Tables<F, M> {
+    #[inline]
+    pub(crate) fn root_table(&self) -> TableRef<'_, F, M> {
+        TableRef::new(self, self.root, F::ROOT_PAGES * ENTRIES, F::ROOT_LEVEL)
+    }
+}
+
+fn free_below<F: Format, M: TableMemory>(table: TableRef<'_, F, M>) {
+    for index in 0..table.entries.len() as u64 {
+        let place = table.look(Gfn::new(index * table.level.frames()));
+        if let (Entry::Table(frame), Some(child)) = (place.said(), place.child) {
+            free_below(child);
+            // SAFETY: (1) a linked frame came from this memory as one page, and has one link; (2) called by `drop`,
+            // so that nobody walks any more, and `child` is not used again.
+            unsafe { table.tables.memory.free(frame, 1) };
+        }
+    }
+}
+
+impl<F: Format, M: TableMemory> Drop for Tables<F, M> {
+    fn drop(&mut self) {
+        free_below(self.root_table());
+        // SAFETY: (1) `new` allocated it so; (2) nobody has the structure any more.
+        unsafe { self.memory.free(self.root, F::ROOT_PAGES) };
+    }
+}
+
+/// An entry as it was read: on the way, or where a descent ended.
+pub(crate) struct Place<'t, F: Format, M: TableMemory> {
+    pub(crate) entry: &'t AtomicU64,
+    pub(crate) raw: u64,
+    pub(crate) level: Level,
+    /// The table that it links.
+    pub(crate) child: Option<TableRef<'t, F, M>>,
+}
+
+impl<F: Format, M: TableMemory> Place<'_, F, M> {
+    /// What the word says.
+    #[inline]
+    pub(crate) fn said(&self) -> Entry {
+        F::decode(self.raw, self.level)
+    }
+
+    #[inline]
+    pub(super) fn exchange(&self, raw: u64) -> Mapped {
+        match self.entry.compare_exchange(self.raw, raw, Ordering::AcqRel, Ordering::Acquire) {
+            Ok(_) => Mapped::Fixed,
+            Err(_) => Mapped::LostRace,
+        }
+    }
+}
