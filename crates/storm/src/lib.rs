@@ -1,0 +1,11 @@
+//! Invalidation storms against the fault path of a virtual machine: what Linux commit d02c357e5bfa changed, measured.
+//!
+//! * [`Policies`] are what can be chosen, [`Scenario`] what blows.
+//! * A [`Cell`] is what was measured at one point of that matrix: on real threads over this project's engine and tables, in
+//!   a simulation, or by watching a real kernel.
+
+mod cell;
+mod policy;
+
+pub use cell::{Cell, Engine, Latencies, Latency, Load, LockWait, Measured, Retries, Times};
+pub use policy::{AfterRetry, Policies, Precheck, Scenario, Sequence, UnknownChoice, Witness, Yielding};
