@@ -34,13 +34,14 @@ use alloc::sync::Arc;
 use core::fmt;
 
 use crate::addr::{Gfn, GfnRange, Hva, HvaRange};
-use crate::guest_mmu::{GuestMmu, Precheck};
+use crate::guest_mmu::{GuestMmu, Precheck, WitnessKind};
 use crate::host::{
     CachedMmio, FastFault, Fault, FaultInError, FaultKind, Found, Mapped, PageRef, PageUse, Patience,
     PrimaryMmu, Privacy, SecondaryMmu,
 };
-use crate::invalidation::Snapshot;
-use crate::mmu_lock::MmuReadGuard;
+use crate::intent::{Intent, Walker};
+use crate::invalidation::{Invalidations, Snapshot};
+use crate::mmu_lock::{MmuReadGuard, Witness, sealed};
 use crate::mutation::{self, Mutation};
 use crate::platform::Platform;
 use crate::slots::{Memslot, SlotFlags, SlotSet, SlotState, SpaceId};
@@ -210,10 +211,31 @@ impl<R: PageRef> Drop for HeldPage<R> {
     }
 }
 
-/// The page and the lock of an install. Fields drop in this order: the page goes back under the lock, on any way out.
-struct Install<'m, S: SecondaryMmu> {
+/// The witness that the policy asks for.
+enum Held<'a, P: Platform> {
+    Lock(MmuReadGuard<'a, P>),
+    Intent(Intent<'a, P>),
+}
+
+impl<P: Platform> sealed::Sealed for Held<'_, P> {}
+
+impl<P: Platform> Witness for Held<'_, P> {
+    // Of the two, what holds for both.
+    const HOLDS_LOCK: bool = false;
+
+    #[inline]
+    fn invalidations(&self) -> &Invalidations {
+        match self {
+            Self::Lock(guard) => guard.invalidations(),
+            Self::Intent(intent) => intent.invalidations(),
+        }
+    }
+}
+
+/// The page and the witness of an install. Fields drop in this order: the page goes back under the witness, on any way out.
+struct Install<'a, S: SecondaryMmu> {
     page: HeldPage<S::Page>,
-    witness: MmuReadGuard<'m, S::Platform>,
+    witness: Held<'a, S::Platform>,
 }
 
 type FaultResult<S, M> =
@@ -236,6 +258,23 @@ impl<'m, S: SecondaryMmu> Vcpu<'m, S> {
         let section = self.mmu.enter(&self.shared.reader, self.section);
         let byte = HvaRange::from_len(hva, 1)?;
         section.slots().touching(byte).map(|(slot, gfns)| (slot.space, gfns.start)).min()
+    }
+
+    /// Announces that `block` is about to be installed, where an install is not made by
+    /// [`handle_fault`](Self::handle_fault): the witness to verify with. Only under a policy of
+    /// [`WitnessKind::Intent`] do invalidations wait for it.
+    ///
+    /// # Panics
+    /// If the policy says `mmu_lock`.
+    #[inline]
+    pub fn announce(&mut self, block: GfnRange) -> Intent<'_, S::Platform> {
+        assert_eq!(self.mmu.policy().witness, WitnessKind::Intent, "invalidations would not wait for it");
+        announce(self.mmu, &self.shared, block)
+    }
+
+    /// The right to walk tables without a lock.
+    pub fn walker(&mut self) -> Walker<'_, S::Platform> {
+        Walker::new(&self.shared.intent, self.mmu.invalidations().machine(), self.mmu.vcpus.barriers())
     }
 
     /// Enters guest mode. `Err`: requests wait and must be served first; the vCPU is outside.
@@ -270,13 +309,13 @@ impl<'m, S: SecondaryMmu> Vcpu<'m, S> {
 }
 
 /// One fault on its way.
-struct Path<'a, 'm, S: SecondaryMmu> {
-    mmu: &'m GuestMmu<S>,
+struct Path<'a, S: SecondaryMmu> {
+    mmu: &'a GuestMmu<S>,
     shared: &'a VcpuShared,
     fault: &'a Fault,
 }
 
-impl<'m, S: SecondaryMmu> Path<'_, 'm, S> {
+impl<'a, S: SecondaryMmu> Path<'a, S> {
     fn walk<M>(
         &self,
         primary: &M,
@@ -294,7 +333,7 @@ impl<'m, S: SecondaryMmu> Path<'_, 'm, S> {
             return Err(FaultError::Released(gfn));
         }
         if fault.found == Found::Reserved {
-            match secondary.cached_mmio(gfn) {
+            match secondary.cached_mmio(fault.space, gfn, &mut self.walker()) {
                 CachedMmio::Gone => return Ok(retry(RetryPoint::LostRace, GfnRange::frame(gfn))),
                 CachedMmio::Generation(cached) if slots.generation() == Some(cached) => {
                     return Ok(FaultOutcome::Emulate(Emulate::Mmio));
@@ -309,7 +348,7 @@ impl<'m, S: SecondaryMmu> Path<'_, 'm, S> {
         if let Some(slot) = slot
             && slot.state == SlotState::Valid
         {
-            match secondary.fast_fault(slot, fault) {
+            match secondary.fast_fault(slot, fault, &mut self.walker()) {
                 FastFault::Fixed => return Ok(FaultOutcome::FixedFast),
                 FastFault::Spurious => return Ok(FaultOutcome::Spurious),
                 FastFault::NotApplicable => {}
@@ -363,7 +402,7 @@ impl<'m, S: SecondaryMmu> Path<'_, 'm, S> {
             return Ok(retry(RetryPoint::AfterFaultIn, block));
         }
 
-        let install = Install::<S> { page, witness: self.witness() };
+        let install = Install::<S> { page, witness: self.witness(block) };
         self.install::<M>(install, slot, since, block, cache)
     }
 
@@ -391,7 +430,20 @@ impl<'m, S: SecondaryMmu> Path<'_, 'm, S> {
         }
     }
 
-    fn witness(&self) -> MmuReadGuard<'m, S::Platform> {
+    fn walker(&self) -> Walker<'a, S::Platform> {
+        let machine = self.mmu.invalidations().machine();
+        Walker::new(&self.shared.intent, machine, self.mmu.vcpus.barriers())
+    }
+
+    /// What the verdict on `block` will rest on.
+    fn witness(&self, block: GfnRange) -> Held<'a, S::Platform> {
+        match self.mmu.policy().witness {
+            WitnessKind::Lock => Held::Lock(self.read_lock()),
+            WitnessKind::Intent => Held::Intent(announce(self.mmu, self.shared, block)),
+        }
+    }
+
+    fn read_lock(&self) -> MmuReadGuard<'a, S::Platform> {
         let mmu = self.mmu;
         if let Some(guard) = mmu.lock.try_read() {
             return guard;
@@ -404,7 +456,7 @@ impl<'m, S: SecondaryMmu> Path<'_, 'm, S> {
 
     fn install<M>(
         &self,
-        mut install: Install<'m, S>,
+        mut install: Install<'a, S>,
         slot: &Memslot,
         since: Snapshot,
         block: GfnRange,
@@ -467,7 +519,7 @@ impl<'m, S: SecondaryMmu> Path<'_, 'm, S> {
         M: PrimaryMmu<Page = S::Page>,
     {
         let gfn = self.fault.gfn;
-        let witness = self.witness();
+        let witness = self.witness(block);
         self.still_there::<M>()?;
         let Ok(fresh) = self.mmu.invalidations().verify(&witness, since, block) else {
             return Ok(retry(RetryPoint::UnderLock, block));
@@ -495,11 +547,21 @@ impl<'m, S: SecondaryMmu> Path<'_, 'm, S> {
             return Ok(retry(RetryPoint::BeforeFaultIn, frame));
         }
         if let Some(generation) = slots.generation() {
-            let _witness = self.witness();
-            self.mmu.secondary().cache_mmio(gfn, generation, cache);
+            let witness = self.witness(frame);
+            let space = self.fault.space;
+            self.mmu.secondary().cache_mmio(space, gfn, generation, cache, witness.walking());
         }
         Ok(FaultOutcome::Emulate(Emulate::Mmio))
     }
+}
+
+#[inline]
+fn announce<'a, S: SecondaryMmu>(
+    mmu: &'a GuestMmu<S>,
+    shared: &'a VcpuShared,
+    block: GfnRange,
+) -> Intent<'a, S::Platform> {
+    Intent::announce(&shared.intent, mmu.invalidations(), mmu.vcpus.barriers(), block)
 }
 
 fn retry(point: RetryPoint, range: GfnRange) -> FaultOutcome {

@@ -6,6 +6,7 @@ use core::fmt;
 use crate::active::ActiveEvents;
 use crate::addr::{Gfn, GfnRange};
 use crate::host::{Blocking, SecondaryMmu, Zap};
+use crate::intent::Barrier;
 use crate::invalidation::{Invalidations, SequenceScope, Snapshot, Stale};
 use crate::mmu_lock::{MmuLock, MmuWriteGuard};
 use crate::mutation::{self, Mutation};
@@ -38,6 +39,16 @@ pub enum YieldPolicy {
     Never,
 }
 
+/// What keeps a verdict true until the install is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WitnessKind {
+    /// `mmu_lock`, held for read: KVM's way. One slow install anywhere holds up every invalidation everywhere.
+    Lock,
+    /// An announced [`Intent`]: a fault takes no lock and writes no shared cache line, and holds up invalidations of its
+    /// own frames only.
+    Intent,
+}
+
 /// What can be chosen for a virtual machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Policy {
@@ -47,12 +58,22 @@ pub struct Policy {
     pub yielding: YieldPolicy,
     /// Whose end makes a fault under way retry.
     pub scope: SequenceScope,
+    /// What a fault holds while it verifies and installs.
+    pub witness: WitnessKind,
+    /// Who pays for the order between a fault's announcements and those who look at them.
+    pub barrier: Barrier,
 }
 
 impl Default for Policy {
-    /// Both checks, yielding on contention, one sequence: what a Linux with full preemption does today.
+    /// Both checks, yielding on contention, one sequence, the lock: what a Linux with full preemption does today.
     fn default() -> Self {
-        Self { precheck: Precheck::all(), yielding: YieldPolicy::OnContention, scope: SequenceScope::Global }
+        Self {
+            precheck: Precheck::all(),
+            yielding: YieldPolicy::OnContention,
+            scope: SequenceScope::Global,
+            witness: WitnessKind::Lock,
+            barrier: Barrier::Symmetric,
+        }
     }
 }
 
@@ -93,10 +114,12 @@ impl<S: SecondaryMmu> fmt::Debug for GuestMmu<S> {
 
 impl<S: SecondaryMmu> GuestMmu<S> {
     /// A secondary MMU without memslots.
-    pub fn new(secondary: S, policy: Policy) -> Self {
+    pub fn new(mut secondary: S, policy: Policy) -> Self {
+        let lock = MmuLock::with_scope(policy.scope);
+        secondary.attach(lock.invalidations().machine());
         Self {
-            lock: MmuLock::with_scope(policy.scope),
-            vcpus: VcpuWords::new(),
+            lock,
+            vcpus: VcpuWords::new(policy.barrier),
             active: CachePadded(ActiveEvents::new()),
             counters: CachePadded(InvalidationCounters::new()),
             secondary,
@@ -186,6 +209,11 @@ impl<S: SecondaryMmu> GuestMmu<S> {
         self.lock.is_locked()
     }
 
+    /// Whether anyone holds a witness: `mmu_lock`, or an intent. For assertions, like [`is_locked`](Self::is_locked).
+    pub fn is_witnessed(&self) -> bool {
+        self.is_locked() || self.vcpus.is_announced()
+    }
+
     /// Takes `mmu_lock` for write and counts the wait, if there was one.
     pub(crate) fn write_timed(&self) -> MmuWriteGuard<'_, S::Platform> {
         if let Some(guard) = self.lock.try_write() {
@@ -200,9 +228,10 @@ impl<S: SecondaryMmu> GuestMmu<S> {
 
     /// The address space is gone: drops every translation and refuses all further faults, those that are under way too.
     ///
-    /// A fault looks again with `mmu_lock` held: it installs before the zap, which takes the lock, or sees the release.
+    /// A fault looks again with its witness in its hand: it installs before the zap, which waits for it, or sees the release.
     pub fn release(&self) {
         self.released.store(1, Ordering::Release);
+        self.vcpus.drain(|_| true);
         let _update = self.updates.write();
         let set = self.slot_set();
         for slot in set.iter() {
@@ -254,7 +283,7 @@ impl<S: SecondaryMmu> GuestMmu<S> {
         let slot = self.slot_set().get(space, id)?;
         if on {
             let mut walk = ZapWalk::start(self, Blocking::Allowed);
-            self.secondary.zap(&slot, slot.gfns(), Zap::WriteProtect, &mut walk);
+            self.secondary.zap(&slot, slot.gfns(), Zap::TrackDirty, &mut walk);
             walk.finish();
         }
         Ok(())
@@ -310,7 +339,7 @@ mod published {
         /// Enters a read section on `word`, which belongs to a vCPU of this virtual machine.
         #[inline]
         pub(crate) fn enter<'a>(&'a self, word: &'a ReaderWord, number: u32) -> Section<'a, S> {
-            word.enter(number);
+            word.enter(number, self.vcpus.barriers().announce);
             // SAFETY: (1) the pointer came from `Box::into_raw`; (2) it is freed only after `wait_for_readers`,
             // which waits for this section if it was entered before the pointer was swapped out.
             let set = unsafe { &*self.slots.load(Ordering::Acquire) };

@@ -3,11 +3,12 @@
 use core::fmt;
 
 use crate::addr::{Gfn, GfnRange, HvaRange, Pfn};
-use crate::invalidation::{Fresh, Snapshot};
+use crate::intent::{Walker, Walking};
+use crate::invalidation::{Fresh, MachineId, Snapshot};
 use crate::platform::Platform;
-use crate::slots::Memslot;
+use crate::slots::{Memslot, SpaceId};
 use crate::vcpu::VcpuWords;
-use crate::zap::ZapWalk;
+use crate::zap::{Retired, ZapWalk};
 
 bitflags::bitflags! {
     /// What the guest wanted of the page.
@@ -58,7 +59,7 @@ pub enum Found {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Fault {
     /// The address space.
-    pub space: crate::SpaceId,
+    pub space: SpaceId,
     /// The frame that was touched.
     pub gfn: Gfn,
     /// What for.
@@ -196,8 +197,11 @@ pub enum Mapped {
 pub enum Zap {
     /// Nothing: the next access faults.
     Unmap,
-    /// Reading: the next write faults. A secondary MMU may unmap instead.
+    /// Reading: the next write faults, and asks the primary MMU. A secondary MMU may unmap instead.
     WriteProtect,
+    /// Reading, for the dirty log: the next write is to be recorded, and then allowed again without asking anyone.
+    /// A secondary MMU may treat it as `WriteProtect`.
+    TrackDirty,
 }
 
 /// What to do with the mark of a past access.
@@ -235,7 +239,8 @@ pub enum CachedMmio {
 ///
 /// * `map` installs only what `fresh` covers, and never replaces a present translation by one to another page.
 /// * `zap` leaves no translation of the range, reports each step to the walk, and restarts when the walk says so.
-/// * `flush` returns when no CPU can use a translation that was zapped before the call.
+/// * `flush` returns when no CPU can use a translation that was zapped before the call, or a table that was unlinked.
+/// * Tables that others may walk are freed by `free_tables` alone (or with the whole structure).
 pub trait SecondaryMmu: Sized + Send + Sync {
     /// What it runs on.
     type Platform: Platform;
@@ -245,6 +250,9 @@ pub trait SecondaryMmu: Sized + Send + Sync {
     type Cache: Default + Send;
     /// Why an install can fail for good.
     type Error: fmt::Debug + fmt::Display;
+
+    /// The virtual machine that it is part of, once, before anything else: what its [`Walking`] tokens will say.
+    fn attach(&mut self, _machine: MachineId) {}
 
     /// The frames that an install for `gfn` covers: a whole huge page, or just the frame. Faults are checked
     /// against invalidations of any of them. Must lie in the slot, and be told from the slot alone: it is asked
@@ -258,8 +266,14 @@ pub trait SecondaryMmu: Sized + Send + Sync {
         false
     }
 
-    /// Upgrades the permissions of a present entry by one compare-exchange, if that is all that is needed.
-    fn fast_fault(&self, _slot: &Memslot, _fault: &Fault) -> FastFault {
+    /// Upgrades the permissions of a present entry by one compare-exchange, if that is all that is needed. Who follows
+    /// links for that opens a section of `walker`.
+    fn fast_fault(
+        &self,
+        _slot: &Memslot,
+        _fault: &Fault,
+        _walker: &mut Walker<'_, Self::Platform>,
+    ) -> FastFault {
         FastFault::NotApplicable
     }
 
@@ -268,7 +282,7 @@ pub trait SecondaryMmu: Sized + Send + Sync {
         true
     }
 
-    /// Whether the vCPU's root was invalidated, so that an install would go into dead tables. Called under the lock.
+    /// Whether the vCPU's root was invalidated, so that an install would go into dead tables. Called under the witness.
     fn is_root_stale(&self, _cache: &Self::Cache) -> bool {
         false
     }
@@ -289,6 +303,9 @@ pub trait SecondaryMmu: Sized + Send + Sync {
     /// Removes (or write-protects) every translation of `gfns` of `slot`, entry by entry, reporting to `walk`.
     fn zap(&self, slot: &Memslot, gfns: GfnRange, zap: Zap, walk: &mut ZapWalk<'_, Self>);
 
+    /// Frees tables that a zap unlinked and gave to [`ZapWalk::retire`]: nobody can reach them any more.
+    fn free_tables(&self, _tables: Retired) {}
+
     /// Makes every CPU forget what was zapped in `gfns`. The default asks all vCPUs and waits for those in the guest.
     fn flush(&self, gfns: GfnRange, vcpus: &VcpuWords<Self::Platform>) {
         let _ = gfns;
@@ -299,17 +316,30 @@ pub trait SecondaryMmu: Sized + Send + Sync {
     fn kick(&self, _vcpu: usize) {}
 
     /// Marks of past accesses. Advisory: a wrong answer costs speed only.
-    fn age(&self, _slot: &Memslot, _gfns: GfnRange, _age: Age) -> Young {
+    fn age(&self, _slot: &Memslot, _gfns: GfnRange, _age: Age, _walking: Walking<'_>) -> Young {
         Young::Unknown
     }
 
     /// The cached MMIO entry of `gfn`.
-    fn cached_mmio(&self, _gfn: Gfn) -> CachedMmio {
+    fn cached_mmio(
+        &self,
+        _space: SpaceId,
+        _gfn: Gfn,
+        _walker: &mut Walker<'_, Self::Platform>,
+    ) -> CachedMmio {
         CachedMmio::Gone
     }
 
-    /// Caches that `gfn` is MMIO under this generation of the memslots. Called with the lock held.
-    fn cache_mmio(&self, _gfn: Gfn, _generation: u64, _cache: &mut Self::Cache) {}
+    /// Caches that `gfn` is MMIO under this generation of the memslots.
+    fn cache_mmio(
+        &self,
+        _space: SpaceId,
+        _gfn: Gfn,
+        _generation: u64,
+        _cache: &mut Self::Cache,
+        _walking: Walking<'_>,
+    ) {
+    }
 
     /// An invalidation has ended (after the count was dropped): faults parked on it may be tried again.
     fn invalidation_ended(&self) {}

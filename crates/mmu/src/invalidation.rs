@@ -20,8 +20,12 @@
 //!
 //! * [`Invalidations::hint`] takes no lock. It may miss an invalidation and may see one that is over. It gives
 //!   only a reason to retry, never a right to install.
-//! * [`Invalidations::verify`] needs a [`Witness`](crate::Witness), which keeps the words still while it is alive, and
-//!   gives [`Fresh`], the right to install, which cannot outlive the witness.
+//! * [`Invalidations::verify`] needs a [`Witness`](crate::Witness), and gives [`Fresh`], the right to install, which cannot
+//!   outlive the witness. `mmu_lock` keeps the words still. An announced [`Intent`](crate::Intent) does not, so the order of the
+//!   loads matters: the count, then the bounds, then the sequence, each Acquire. An end bumps the sequence before it drops the
+//!   count, and bounds are emptied only by a later first begin: who reads a dropped count or emptied bounds reads the bumped
+//!   sequence after it. Bounds of a half-finished `add_range` belong to an invalidation that has not looked at the
+//!   announcements yet: it will wait for this one.
 //!
 //! A fault that overlaps the invalidation is caught by count and hull; one that sampled the sequence before the
 //! end and verifies after it is caught by the sequence. Hence the sequence moves at the end only.
@@ -41,6 +45,7 @@
 use core::marker::PhantomData;
 
 use crate::addr::{Gfn, GfnRange};
+use crate::intent::Walking;
 use crate::mmu_lock::Witness;
 use crate::mutation::{self, Mutation};
 use crate::sync::{AtomicU64, Ordering};
@@ -73,9 +78,23 @@ pub enum SequenceScope {
     Region,
 }
 
+/// Tells virtual machines apart, so that what protects one's tables is not taken for another's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct MachineId(u64);
+
+impl MachineId {
+    /// One that no machine has had.
+    fn next() -> Self {
+        // Not the engine's own atomics: this is no part of any protocol, and loom would forget it between two schedules.
+        static NEXT: core::sync::atomic::AtomicU64 = core::sync::atomic::AtomicU64::new(1);
+        Self(NEXT.fetch_add(1, core::sync::atomic::Ordering::Relaxed))
+    }
+}
+
 /// The words of one virtual machine; changed only through a [`MmuWriteGuard`](crate::MmuWriteGuard).
 #[derive(Debug)]
 pub struct Invalidations {
+    machine: MachineId,
     in_progress: AtomicU64,
     start: AtomicU64,
     end: AtomicU64,
@@ -101,10 +120,17 @@ pub struct Snapshot {
 #[derive(Debug)]
 pub struct Fresh<'w> {
     range: GfnRange,
+    machine: MachineId,
     witness: PhantomData<&'w ()>,
 }
 
-impl Fresh<'_> {
+impl<'w> Fresh<'w> {
+    /// The right to follow links between tables, as long as the witness lives.
+    #[inline]
+    pub fn walking(&self) -> Walking<'w> {
+        Walking::new(self.machine)
+    }
+
     /// The frames that may be installed.
     #[inline]
     pub fn range(&self) -> GfnRange {
@@ -143,12 +169,19 @@ pub enum InvalidationError {
 impl Invalidations {
     pub(crate) fn new(scope: SequenceScope) -> Self {
         Self {
+            machine: MachineId::next(),
             in_progress: AtomicU64::new(0),
             start: AtomicU64::new(SENTINEL),
             end: AtomicU64::new(SENTINEL),
             scope,
             ended: core::array::from_fn(|_| AtomicU64::new(0)),
         }
+    }
+
+    /// Whose words these are.
+    #[inline]
+    pub fn machine(&self) -> MachineId {
+        self.machine
     }
 
     /// Samples the sequence of all ends. Everything that can go stale (attributes, the page) is looked up after this.
@@ -204,15 +237,18 @@ impl Invalidations {
         range: GfnRange,
     ) -> Result<Fresh<'w>, Stale> {
         assert!(core::ptr::eq(witness.invalidations(), self), "a witness of another virtual machine");
-        let fresh = Fresh { range, witness: PhantomData };
+        let fresh = Fresh { range, machine: self.machine, witness: PhantomData };
         if mutation::active(Mutation::VerifyAlwaysFresh) {
             return Ok(fresh);
         }
-        if self.in_progress.load(Ordering::Relaxed) != 0 && !mutation::active(Mutation::VerifyIgnoresRange) {
-            // A sentinel means that the lock was given up between begin and the first range: retry.
-            let torn = self.start.load(Ordering::Relaxed) == SENTINEL;
-            debug_assert!(!torn, "mmu_lock was given up between begin and add_range");
-            if torn || self.hull_overlaps(range) {
+        // Acquire, all three and in this order: see the module documentation.
+        let ordering = mutation::unless(Mutation::VerifyRelaxed, Ordering::Acquire);
+        if self.in_progress.load(ordering) != 0 && !mutation::active(Mutation::VerifyIgnoresRange) {
+            let (start, end) = (self.start.load(ordering), self.end.load(ordering));
+            // Between begin and the first range. With the lock held that is seen only if it was given up there.
+            let torn = start == SENTINEL;
+            debug_assert!(!(torn && W::HOLDS_LOCK), "mmu_lock was given up between begin and add_range");
+            if torn || range.start.as_u64() < end && start < range.end.as_u64() {
                 return Err(Stale::Covered);
             }
         }
@@ -248,11 +284,13 @@ impl Invalidations {
     /// Raises the count. `mmu_lock` is held for write.
     pub(crate) fn begin(&self) {
         let active = self.in_progress.load(Ordering::Relaxed);
+        // Release: who reads emptied bounds, or this count, reads what the ends before it bumped.
+        let ordering = mutation::unless(Mutation::BeginRelaxed, Ordering::Release);
         if active == 0 {
-            self.start.store(SENTINEL, Ordering::Relaxed);
-            self.end.store(SENTINEL, Ordering::Relaxed);
+            self.start.store(SENTINEL, ordering);
+            self.end.store(SENTINEL, ordering);
         }
-        self.in_progress.store(active + 1, Ordering::Relaxed);
+        self.in_progress.store(active + 1, ordering);
     }
 
     /// Widens the hull. `mmu_lock` is held for write.
@@ -267,8 +305,9 @@ impl Invalidations {
             SENTINEL => range,
             start => GfnRange::new(Gfn::new(start), Gfn::new(self.end.load(Ordering::Relaxed))).hull(range),
         };
-        self.start.store(hull.start.as_u64(), Ordering::Relaxed);
-        self.end.store(hull.end.as_u64(), Ordering::Relaxed);
+        let ordering = mutation::unless(Mutation::BeginRelaxed, Ordering::Release);
+        self.start.store(hull.start.as_u64(), ordering);
+        self.end.store(hull.end.as_u64(), ordering);
         Ok(())
     }
 

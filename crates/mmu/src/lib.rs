@@ -194,6 +194,7 @@ mod addr;
 mod fault;
 mod guest_mmu;
 mod host;
+mod intent;
 mod invalidation;
 mod lock;
 #[cfg(all(loom, test))]
@@ -211,12 +212,13 @@ mod zap;
 
 pub use addr::{FRAME_BYTES, FRAME_SHIFT, Gfn, GfnRange, Gpa, Hva, HvaRange, Level, PageSize, Pfn, PfnRange};
 pub use fault::{Emulate, FaultError, FaultOutcome, Retry, RetryPoint, Vcpu};
-pub use guest_mmu::{GuestMmu, Policy, Precheck, YieldPolicy};
+pub use guest_mmu::{GuestMmu, Policy, Precheck, WitnessKind, YieldPolicy};
 pub use host::{
     Access, Age, Blocking, CachedMmio, FastFault, Fault, FaultInError, FaultKind, Found, Mapped, Notifier,
     PageRef, PageUse, Patience, PrimaryMmu, Privacy, SecondaryMmu, Young, Zap,
 };
-pub use invalidation::{Fresh, InvalidationError, Invalidations, SequenceScope, Snapshot, Stale};
+pub use intent::{Barrier, Intent, WalkSection, Walker, Walking};
+pub use invalidation::{Fresh, InvalidationError, Invalidations, MachineId, SequenceScope, Snapshot, Stale};
 pub use lock::RawMmuLock;
 pub use mmu_lock::{MmuLock, MmuReadGuard, MmuWriteGuard, Witness};
 pub use notifier::Invalidation;
@@ -225,4 +227,4 @@ pub use slots::{MAX_SPACES, Memslot, SlotError, SlotFlags, SlotId, SlotSet, Slot
 pub use stats::{FaultStats, InvalidationStats};
 pub use sync::ParkWord;
 pub use vcpu::{Requests, VcpuWords};
-pub use zap::{Walk, ZapWalk, Zapped};
+pub use zap::{Retired, Walk, ZapWalk, Zapped};

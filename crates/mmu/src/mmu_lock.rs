@@ -3,6 +3,7 @@
 use core::fmt;
 
 use crate::addr::GfnRange;
+use crate::intent::Walking;
 use crate::invalidation::{InvalidationError, Invalidations, SequenceScope};
 use crate::lock::RawMmuLock;
 use crate::platform::Platform;
@@ -10,13 +11,23 @@ use crate::sync::CachePadded;
 
 /// Something whose life keeps the [`Invalidations`] still, so that a verdict on them holds as long as it lives.
 ///
-/// Sealed: what may be a witness is decided by proof. Today `mmu_lock`, held for read or for write.
+/// Sealed: what may be a witness is decided by proof. `mmu_lock`, held for read or for write, keeps the words as they are. An
+/// [`Intent`](crate::Intent) lets them move, but an invalidation of the announced frames waits for it before it zaps.
 pub trait Witness: sealed::Sealed {
+    /// Whether the words cannot change while it lives.
+    const HOLDS_LOCK: bool;
+
     /// The words that are kept still.
     fn invalidations(&self) -> &Invalidations;
+
+    /// The right to follow links between tables while it lives.
+    #[inline]
+    fn walking(&self) -> Walking<'_> {
+        Walking::new(self.invalidations().machine())
+    }
 }
 
-mod sealed {
+pub(crate) mod sealed {
     pub trait Sealed {}
 }
 
@@ -104,6 +115,8 @@ impl<P: Platform> fmt::Debug for MmuReadGuard<'_, P> {
 impl<P: Platform> sealed::Sealed for MmuReadGuard<'_, P> {}
 
 impl<P: Platform> Witness for MmuReadGuard<'_, P> {
+    const HOLDS_LOCK: bool = true;
+
     #[inline]
     fn invalidations(&self) -> &Invalidations {
         &self.lock.invalidations
@@ -146,6 +159,8 @@ impl<P: Platform> fmt::Debug for MmuWriteGuard<'_, P> {
 impl<P: Platform> sealed::Sealed for MmuWriteGuard<'_, P> {}
 
 impl<P: Platform> Witness for MmuWriteGuard<'_, P> {
+    const HOLDS_LOCK: bool = true;
+
     #[inline]
     fn invalidations(&self) -> &Invalidations {
         &self.lock.invalidations

@@ -85,6 +85,26 @@ pub enum Mutation {
     GuestEnterRelaxed,
     /// The guest is left with a relaxed exchange.
     GuestLeaveRelaxed,
+    /// A vCPU announces its intent without the barrier before it verifies.
+    AnnounceWithoutFence,
+    /// An intent is announced with a relaxed store.
+    AnnounceRelaxed,
+    /// An intent is cleared with a relaxed store.
+    ClearRelaxed,
+    /// An intent is cleared without the barrier before the look for who waits.
+    ClearWithoutFence,
+    /// An invalidation looks at the announcements without the barrier before.
+    DrainWithoutFence,
+    /// An invalidation does not wait for the announcements of its range.
+    BeginWithoutDrain,
+    /// `verify` reads count and bounds with relaxed loads.
+    VerifyRelaxed,
+    /// `begin` and `add_range` write count and bounds with relaxed stores.
+    BeginRelaxed,
+    /// A table is freed without waiting for those who walk.
+    FreeWithoutQuiescence,
+    /// A table is freed without the flush before (rule F3).
+    FreeWithoutFlush,
     /// The primary MMU discards pages without an invalidation.
     DiscardWithoutInvalidation,
     /// The primary MMU evicts pages without an invalidation.

@@ -6,10 +6,11 @@
 //! # Order inside a start
 //!
 //! 1. Count the event: memslots stay as they are from here to the end.
-//! 2. For every slot over the range, in every address space: on the first, take `mmu_lock` and `begin`; for each,
-//!    `add_range`, then zap. The zap may give up the lock between two entries. A fault on a later slot may then install:
-//!    it is zapped when its turn comes.
-//! 3. Flush, then give up the lock.
+//! 2. If a slot lies over the range, in any address space: take `mmu_lock`, `begin`, and `add_range` for each such slot.
+//! 3. Where faults announce intents instead of taking the lock: give up the lock, wait until nobody holds an intent for
+//!    frames of these ranges, take the lock again. Nobody else waits meanwhile.
+//! 4. Zap the ranges. The zap may give up the lock between two entries.
+//! 5. Flush, then give up the lock.
 //!
 //! A range that touches no slot takes no lock at all.
 //!
@@ -18,8 +19,10 @@
 use core::fmt;
 
 use crate::addr::{Gfn, GfnRange, HvaRange};
-use crate::guest_mmu::GuestMmu;
+use crate::guest_mmu::{GuestMmu, WitnessKind};
 use crate::host::{Age, Blocking, Notifier, SecondaryMmu, Young, Zap};
+use crate::intent::{Waited, Walker, Walking};
+use crate::mmu_lock::Witness;
 use crate::mutation::{self, Mutation};
 use crate::platform::Platform;
 use crate::sync::Ordering;
@@ -48,42 +51,69 @@ impl<S: SecondaryMmu> GuestMmu<S> {
         let started_ns = S::Platform::now_ns();
         self.counters.events.fetch_add(1, Ordering::Relaxed);
         self.active.start();
-        let mut walk: Option<ZapWalk<'_, S>> = None;
-        let mut touched = GfnRange::new(Gfn::new(0), Gfn::new(0));
-        for (slot, mut gfns) in self.slot_set().touching(hvas) {
-            if walk.is_some() && mutation::active(Mutation::FirstSlotOnly) {
-                break;
+        let slots = if mutation::active(Mutation::FirstSlotOnly) { 1 } else { usize::MAX };
+        let ranges = || self.slot_set().touching(hvas).take(slots);
+        let touched = ranges().map(|(_, gfns)| gfns).reduce(GfnRange::hull);
+        if touched.is_some() {
+            let mut guard = self.write_timed();
+            guard.begin();
+            for (_, gfns) in ranges() {
+                guard.add_range(gfns).expect("begin was called above, and the slots give no empty ranges");
             }
-            let walk = walk.get_or_insert_with(|| {
-                let mut walk = ZapWalk::start(self, blocking);
-                walk.guard.begin();
-                walk
-            });
-            touched = touched.hull(gfns);
-            walk.guard.add_range(gfns).expect("begin was called above, and the slots give no empty ranges");
-            if mutation::active(Mutation::ZapForgetsLastFrame) {
-                gfns.end = gfns.start + (gfns.len() - 1);
+            if self.policy().witness == WitnessKind::Intent {
+                drop(guard);
+                self.drain(|block| ranges().any(|(_, gfns)| gfns.overlaps(block)));
+                guard = self.write_timed();
             }
-            self.secondary().zap(slot, gfns, zap, walk);
-        }
-        if let Some(walk) = walk {
+            let mut walk = ZapWalk::with(self, guard, blocking);
+            for (slot, mut gfns) in ranges() {
+                if mutation::active(Mutation::ZapForgetsLastFrame) {
+                    gfns.end = gfns.start + (gfns.len() - 1);
+                }
+                self.secondary().zap(slot, gfns, zap, &mut walk);
+            }
             walk.finish();
         }
+        let touched = touched.unwrap_or(GfnRange::new(Gfn::new(0), Gfn::new(0)));
         Invalidation { mmu: self, touched, started_ns }
+    }
+
+    /// Waits for the intents that `covers` names, and counts the wait, if there was one.
+    fn drain(&self, covers: impl Fn(GfnRange) -> bool) {
+        let started = S::Platform::now_ns();
+        if self.vcpus.drain(covers) == Waited::Yes {
+            let waited = S::Platform::now_ns().saturating_sub(started);
+            self.counters.drains.fetch_add(1, Ordering::Relaxed);
+            self.counters.drain_wait_ns.fetch_add(waited, Ordering::Relaxed);
+        }
     }
 
     /// Looks at, or takes away, the marks of past accesses of `hvas`. Advisory.
     pub fn age(&self, hvas: HvaRange, age: Age) -> Young {
         self.active.start();
+        let young = match self.vcpus.visit() {
+            Some(visit) => {
+                let machine = self.invalidations().machine();
+                let mut walker = Walker::<S::Platform>::new(visit.word(), machine, self.vcpus.barriers());
+                let section = walker.walk();
+                self.age_with(hvas, age, section.walking())
+            }
+            // As many age at the same time as there are words for: the lock does as well.
+            None => self.age_with(hvas, age, self.lock.read().walking()),
+        };
+        self.end_event();
+        young
+    }
+
+    fn age_with(&self, hvas: HvaRange, age: Age, walking: Walking<'_>) -> Young {
         let mut young = Young::No;
         for (slot, gfns) in self.slot_set().touching(hvas) {
-            match self.secondary().age(slot, gfns, age) {
+            match self.secondary().age(slot, gfns, age, walking) {
                 Young::Yes => young = Young::Yes,
                 Young::Unknown if young == Young::No => young = Young::Unknown,
                 Young::Unknown | Young::No => {}
             }
         }
-        self.end_event();
         young
     }
 

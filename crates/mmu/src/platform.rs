@@ -4,12 +4,15 @@
 //! words and works in `no_std`. [`Spin`] needs nothing and is right for bare metal; a Linux host parks on
 //! futexes (in `afterimage-uffd`).
 
-use crate::sync::ParkWord;
+use crate::sync::{Ordering, ParkWord, fence};
 
 /// The services of the machine below. All functions may be called from any thread.
 pub trait Platform: Send + Sync + 'static {
     /// How often a waiter looks at its word before it parks. Small where other CPUs may be asleep or absent.
     const SPINS: u32;
+
+    /// Whether [`wait`](Self::wait) sleeps until it is woken. Where it does not, nobody need be woken.
+    const PARKS: bool = true;
 
     /// Sleeps while `word` holds `expected`, until woken. May return early, for no reason. Must not sleep if the
     /// word differed from `expected` at any time after a waker changed it (futex semantics: the comparison and
@@ -21,6 +24,17 @@ pub trait Platform: Send + Sync + 'static {
 
     /// One turn of a short spin.
     fn relax();
+
+    /// Makes [`heavy_barrier`](Self::heavy_barrier) ready; `false` where there is none. May be called often.
+    fn register_heavy_barrier() -> bool {
+        false
+    }
+
+    /// A full memory barrier on every CPU that runs a thread of the virtual machine, this one included, before it returns
+    /// (Linux: `membarrier(2)`; bare metal: an IPI). Called only where it could be registered.
+    fn heavy_barrier() {
+        fence(Ordering::SeqCst);
+    }
 
     /// Whether the scheduler wants this CPU back (KVM: `need_resched`).
     fn resched_wanted() -> bool {
@@ -43,6 +57,7 @@ pub struct Spin;
 #[cfg(not(loom))]
 impl Platform for Spin {
     const SPINS: u32 = 64;
+    const PARKS: bool = false;
 
     fn wait(_word: &ParkWord, _expected: u32) {
         core::hint::spin_loop();
@@ -62,8 +77,7 @@ impl Platform for Spin {
 /// The platform of the loom tests: parks on one condition variable that all words share.
 #[cfg(all(loom, test))]
 pub(crate) mod model {
-    use super::{ParkWord, Platform};
-    use crate::sync::Ordering;
+    use super::{Ordering, ParkWord, Platform};
 
     loom::lazy_static! {
         static ref PARKED: (loom::sync::Mutex<()>, loom::sync::Condvar) =

@@ -7,15 +7,16 @@
 //!
 //! # Who may do what
 //!
-//! Only the owner enters and leaves. An updater publishes its pointer first, then (full fence) looks at every word:
+//! Only the owner enters and leaves. An updater publishes its pointer first, then (heavy barrier) looks at every word:
 //! a section that it finds may still use what was published before, and is waited for; one that it does not find
-//! entered later (its own full fence lies between its store and its look at the pointer) and sees the new pointer.
+//! entered later (its light barrier lies between its store and its look at the pointer) and sees the new pointer.
 //! A leaving reader learns from its own exchange whether someone waits. This is KVM's `srcu`, with one word a
 //! vCPU; the fault path writes no line that another CPU writes.
 
+use crate::intent::Barrier;
 use crate::mutation::{self, Mutation};
 use crate::platform::Platform;
-use crate::sync::{AtomicU32, Ordering, fence};
+use crate::sync::{AtomicU32, Ordering};
 
 const INSIDE: u32 = 1;
 const WAITED: u32 = 2;
@@ -34,13 +35,13 @@ impl ReaderWord {
 
     /// Enters the section with this number (any number that differs from the last one's).
     #[inline]
-    pub(crate) fn enter(&self, number: u32) {
+    pub(crate) fn enter(&self, number: u32, barrier: Barrier) {
         // Release: an updater may wait for the last section and find this one. What was done there comes before all
         // the same.
         let ordering = mutation::unless(Mutation::SectionEnterRelaxed, Ordering::Release);
         self.section.store(number.wrapping_mul(STEP) | INSIDE, ordering);
         if !mutation::active(Mutation::ReaderWithoutFence) {
-            fence(Ordering::SeqCst);
+            barrier.light();
         }
     }
 
@@ -83,8 +84,11 @@ impl ReaderWord {
 }
 
 /// Waits for every section that may still use what was published before the call.
-pub(crate) fn wait_for_readers<'a, P: Platform>(words: impl IntoIterator<Item = &'a ReaderWord>) {
-    fence(Ordering::SeqCst);
+pub(crate) fn wait_for_readers<'a, P: Platform>(
+    words: impl IntoIterator<Item = &'a ReaderWord>,
+    barrier: Barrier,
+) {
+    barrier.heavy::<P>();
     if mutation::active(Mutation::SwapWithoutReaders) {
         return;
     }

@@ -177,6 +177,10 @@ invalidation_counters! {
     yields,
     /// Nanoseconds that invalidators waited for `mmu_lock`.
     lock_wait_ns,
+    /// Invalidations that had to wait for a fault that was installing one of their frames.
+    drains,
+    /// Nanoseconds of those waits together.
+    drain_wait_ns,
 }
 
 impl InvalidationCounters {

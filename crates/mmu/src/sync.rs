@@ -11,13 +11,16 @@
 //! | lock `rin` | reader arrives, add | Acquire | the writer's Release when it leaves: its changes are seen |
 //! | lock `rout` | reader leaves, add | Release | the next writer's Acquire: it sees what readers installed |
 //! | lock `wout` | writer leaves, add | Release | the next writer's Acquire |
-//! | `in_progress` | raise, under lock | Relaxed | seen by installs through the lock; by hints whenever it gets there |
+//! | `in_progress` | raise, under lock | Release | `verify`'s Acquire without the lock: who reads the new count, with an announcement, finds the range; by hints whenever it gets there |
 //! | `in_progress` | drop, under lock | Release | `wait`'s and hint's Acquire: "over" implies "sequence bumped" |
 //! | `sequence` | bump, under lock | Release | `snapshot`'s Acquire: who sees the new number sees the new pages |
-//! | `start`, `end` | under lock | Relaxed | only verdicts under the lock rely on them |
+//! | `start`, `end` | under lock | Release | `verify`'s Acquire: who reads bounds that were emptied by a later begin reads the sequence that the earlier end bumped |
+//! | intent word | announce: store + light barrier | Release | begin's words + heavy barrier: the vCPU sees the range, or the invalidation sees the announcement. Release: as for the reader word |
+//! | intent word | clear: store | Release | the drain's Acquire: the zap finds what was installed |
+//! | intent `waiters` | mark + heavy barrier; clear + light barrier, look | Relaxed | each other: the waiter sees the word cleared, or the vCPU sees the mark and wakes |
 //! | hint | all loads | Relaxed | nothing: a hint gives no right, only a reason to retry |
 //! | `ended` | waiter marks; `end` bumps | AcqRel | each other: one of the two sees the other (no lost wake-up) |
-//! | reader word | enter: store + `fence(SeqCst)` | Release | the updater's pointer swap + `fence(SeqCst)`: reader sees the new slots, or the updater sees the reader. Release: an updater that waits for the section before this one may find this one instead |
+//! | reader word | enter: store + light barrier | Release | the updater's pointer swap + heavy barrier: reader sees the new slots, or the updater sees the reader. Release: an updater that waits for the section before this one may find this one instead |
 //! | reader word | leave: swap | Release | the updater's Acquire: installs of that section happened before |
 //! | slots pointer | publish / read | Release / Acquire | contents of the slot set |
 //! | vCPU `mode` | in guest: store + `fence(SeqCst)` | Release | requester's `requests` + `fence(SeqCst)`: the vCPU sees the request, or the requester sees it in the guest and kicks. Release: as for the reader word |
@@ -25,7 +28,10 @@
 //! | counters | all | Relaxed | nothing: they are statistics |
 
 #[cfg(not(loom))]
-pub(crate) use core::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering, fence};
+pub(crate) use core::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering, compiler_fence, fence};
+/// Loom has no barrier that one thread executes for another: a full fence on both sides stands for it.
+#[cfg(loom)]
+pub(crate) use loom::sync::atomic::fence as compiler_fence;
 #[cfg(loom)]
 pub(crate) use loom::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering, fence};
 

@@ -12,12 +12,17 @@
 //! runs guest code, or the requester sees it in the guest, marks it `Exiting`, kicks it, and waits until it has
 //! left. In both cases, when the requester goes on, the vCPU runs no guest code before it has served the request.
 //!
+//! The words also say what a vCPU is about to install and whether it walks tables: see the module `intent`. Who walks and is
+//! no vCPU (aging from outside, say) takes one of a few visitors' words.
+//!
 //! Source: Linux `kvm_make_all_cpus_request`, `kvm_request_needs_ipi`, `vcpu_enter_guest`.
 
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::fmt;
 
+use crate::addr::GfnRange;
+use crate::intent::{Barrier, Barriers, IntentWord, Waited};
 use crate::mutation::{self, Mutation};
 use crate::platform::Platform;
 use crate::readers::{ReaderWord, wait_for_readers};
@@ -41,11 +46,12 @@ const OUTSIDE: u32 = 0;
 const IN_GUEST: u32 = 1;
 const EXITING: u32 = 2;
 
-/// The words of one vCPU. Only their owner writes `reader` and `counters`; requesters write the handshake words.
+/// The words of one vCPU. Only their owner writes `reader`, `intent` and `counters`; requesters write the handshake words.
 #[derive(Debug)]
 pub(crate) struct VcpuShared {
     pub(crate) id: usize,
     pub(crate) reader: CachePadded<ReaderWord>,
+    pub(crate) intent: CachePadded<IntentWord>,
     pub(crate) counters: CachePadded<FaultCounters>,
     handshake: CachePadded<Handshake>,
 }
@@ -61,6 +67,7 @@ impl VcpuShared {
         Self {
             id,
             reader: CachePadded(ReaderWord::new()),
+            intent: CachePadded(IntentWord::new()),
             counters: CachePadded(FaultCounters::new()),
             handshake: CachePadded(Handshake { mode: AtomicU32::new(OUTSIDE), requests: AtomicU32::new(0) }),
         }
@@ -137,10 +144,41 @@ enum Kick {
     Needed,
 }
 
+/// How many threads that are no vCPU can walk tables without a lock at a time.
+#[cfg(not(loom))]
+const VISITORS: usize = 4;
+/// One is enough to show it.
+#[cfg(loom)]
+const VISITORS: usize = 1;
+
+/// The word of one who walks tables and is no vCPU.
+struct Visitor {
+    taken: AtomicU32,
+    intent: IntentWord,
+}
+
 /// The words of every vCPU of a virtual machine.
 pub struct VcpuWords<P: Platform> {
     words: Shared<P, Vec<Arc<VcpuShared>>>,
+    visitors: [CachePadded<Visitor>; VISITORS],
+    barriers: Barriers,
     flushes: CachePadded<crate::sync::AtomicU64>,
+}
+
+/// A visitor's word, until this is dropped.
+pub(crate) struct Visit<'v>(&'v Visitor);
+
+impl Visit<'_> {
+    pub(crate) fn word(&self) -> &IntentWord {
+        &self.0.intent
+    }
+}
+
+impl Drop for Visit<'_> {
+    fn drop(&mut self) {
+        // Release: the next visitor continues the generations where this one left them.
+        self.0.taken.store(0, Ordering::Release);
+    }
 }
 
 impl<P: Platform> fmt::Debug for VcpuWords<P> {
@@ -150,8 +188,63 @@ impl<P: Platform> fmt::Debug for VcpuWords<P> {
 }
 
 impl<P: Platform> VcpuWords<P> {
-    pub(crate) fn new() -> Self {
-        Self { words: Shared::new(Vec::new()), flushes: CachePadded(crate::sync::AtomicU64::new(0)) }
+    pub(crate) fn new(barrier: Barrier) -> Self {
+        let visitor = |_| Visitor { taken: AtomicU32::new(0), intent: IntentWord::new() };
+        Self {
+            words: Shared::new(Vec::new()),
+            visitors: core::array::from_fn(|index| CachePadded(visitor(index))),
+            barriers: Barriers::of::<P>(barrier),
+            flushes: CachePadded(crate::sync::AtomicU64::new(0)),
+        }
+    }
+
+    #[inline]
+    pub(crate) fn barriers(&self) -> Barriers {
+        self.barriers
+    }
+
+    /// A word for a walk by who is no vCPU; `None` if all are taken.
+    pub(crate) fn visit(&self) -> Option<Visit<'_>> {
+        let free = |visitor: &&CachePadded<Visitor>| {
+            visitor.taken.compare_exchange(0, 1, Ordering::Acquire, Ordering::Relaxed).is_ok()
+        };
+        self.visitors.iter().find(free).map(|visitor| Visit(visitor))
+    }
+
+    /// Returns when nobody holds an intent that was announced before the call for frames that `covers` says yes to.
+    /// Whoever announces one later sees what the caller published before the call. Holds up nobody else: no lock of the
+    /// caller's may be needed by who installs.
+    pub(crate) fn drain(&self, covers: impl Fn(GfnRange) -> bool) -> Waited {
+        if !mutation::active(Mutation::DrainWithoutFence) {
+            self.barriers.announce.heavy::<P>();
+        }
+        let mut waited = Waited::No;
+        for vcpu in self.words.read().iter() {
+            if vcpu.intent.drain::<P>(&covers, self.barriers) == Waited::Yes {
+                waited = Waited::Yes;
+            }
+        }
+        waited
+    }
+
+    /// Whether any vCPU has announced anything.
+    pub(crate) fn is_announced(&self) -> bool {
+        self.words.read().iter().any(|vcpu| vcpu.intent.is_announced())
+    }
+
+    /// Returns when nobody walks who could have found a table that was unlinked before the call; holders of `mmu_lock` and
+    /// those in the guest apart.
+    pub(crate) fn quiesce(&self) {
+        if mutation::active(Mutation::FreeWithoutQuiescence) {
+            return;
+        }
+        self.barriers.announce.heavy::<P>();
+        for vcpu in self.words.read().iter() {
+            vcpu.intent.quiesce::<P>(self.barriers);
+        }
+        for visitor in &self.visitors {
+            visitor.intent.quiesce::<P>(self.barriers);
+        }
     }
 
     pub(crate) fn register(&self) -> Arc<VcpuShared> {
@@ -176,7 +269,7 @@ impl<P: Platform> VcpuWords<P> {
     /// Waits for every read section that may still use a slot set that is published no more.
     pub(crate) fn wait_for_readers(&self) {
         let words: Vec<_> = self.words.read().clone();
-        wait_for_readers::<P>(words.iter().map(|vcpu| &vcpu.reader.0));
+        wait_for_readers::<P>(words.iter().map(|vcpu| &vcpu.reader.0), self.barriers.announce);
     }
 
     /// Asks every vCPU, kicks those that are in the guest, and returns when all of those have left it.

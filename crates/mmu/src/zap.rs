@@ -6,17 +6,20 @@
 //! * F2: `mmu_lock` is not given up, by yielding either, with a flush pending for what was zapped. The next holder
 //!   takes an absent entry for "nothing cached"; a second invalidation would then skip its flush, and the page would be
 //!   freed under a live TLB entry.
+//! * F3: a table page that was unlinked is freed only after a flush (the CPUs' paging-structure caches are no walkers that
+//!   announce themselves), and after everyone has moved on who walked when it was linked. That wait is without the lock.
 //! * Between two yields at least one entry is dealt with.
 //! * After a yield nothing that was looked up before may be used: the walk says [`Walk::Restart`].
 //!
 //! Source: Linux `tdp_mmu_iter_cond_resched`, `kvm_tdp_mmu_unmap_gfn_range`.
 
-use core::fmt;
+use core::{fmt, mem};
 
-use crate::addr::GfnRange;
+use crate::addr::{GfnRange, Pfn};
 use crate::guest_mmu::{GuestMmu, YieldPolicy};
 use crate::host::{Blocking, SecondaryMmu};
-use crate::mmu_lock::MmuWriteGuard;
+use crate::intent::Walking;
+use crate::mmu_lock::{MmuWriteGuard, Witness};
 use crate::mutation::{self, Mutation};
 use crate::platform::Platform;
 use crate::sync::Ordering;
@@ -42,12 +45,35 @@ pub enum Walk {
     Restart,
 }
 
+/// Table pages that one walk keeps until they can be freed: nothing allocates under the lock.
+const RETIRED: usize = 64;
+
+/// Table pages that a zap has unlinked and that nobody can reach any more.
+#[derive(Debug)]
+pub struct Retired {
+    tables: [Pfn; RETIRED],
+    count: usize,
+}
+
+impl Retired {
+    fn none() -> Self {
+        Self { tables: [Pfn::new(0); RETIRED], count: 0 }
+    }
+
+    /// Their frames.
+    pub fn tables(&self) -> &[Pfn] {
+        &self.tables[..self.count]
+    }
+}
+
 /// `mmu_lock`, held for write, and what a zap still owes.
 pub struct ZapWalk<'m, S: SecondaryMmu> {
     mmu: &'m GuestMmu<S>,
-    pub(crate) guard: MmuWriteGuard<'m, S::Platform>,
+    guard: MmuWriteGuard<'m, S::Platform>,
+    blocking: Blocking,
     yielding: YieldPolicy,
     unflushed: Option<GfnRange>,
+    retired: Retired,
 }
 
 impl<S: SecondaryMmu> fmt::Debug for ZapWalk<'_, S> {
@@ -62,12 +88,51 @@ impl<S: SecondaryMmu> fmt::Debug for ZapWalk<'_, S> {
 impl<'m, S: SecondaryMmu> ZapWalk<'m, S> {
     /// Takes `mmu_lock` for write.
     pub(crate) fn start(mmu: &'m GuestMmu<S>, blocking: Blocking) -> Self {
+        Self::with(mmu, mmu.write_timed(), blocking)
+    }
+
+    /// Goes on with `mmu_lock` held for write.
+    pub(crate) fn with(
+        mmu: &'m GuestMmu<S>,
+        guard: MmuWriteGuard<'m, S::Platform>,
+        blocking: Blocking,
+    ) -> Self {
         let yielding = match blocking {
             Blocking::Allowed => mmu.policy().yielding,
             Blocking::Forbidden if mutation::active(Mutation::NonBlockableYields) => mmu.policy().yielding,
             Blocking::Forbidden => YieldPolicy::Never,
         };
-        Self { mmu, guard: mmu.write_timed(), yielding, unflushed: None }
+        Self { mmu, guard, blocking, yielding, unflushed: None, retired: Retired::none() }
+    }
+
+    /// The right to follow links: the lock is held. Void after a yield.
+    pub fn walking(&self) -> Walking<'_> {
+        self.guard.walking()
+    }
+
+    /// Table pages that [`retire`](Self::retire) still takes before the next step. An invalidation that may not block
+    /// cannot wait for walkers, and takes none.
+    pub fn room(&self) -> usize {
+        match self.blocking {
+            Blocking::Allowed => RETIRED - self.retired.count,
+            Blocking::Forbidden => 0,
+        }
+    }
+
+    /// Takes a table page that was unlinked, and that translated `gfns`. It is freed
+    /// ([`SecondaryMmu::free_tables`]) after a flush, when everyone has moved on who could still walk it.
+    ///
+    /// # Panics
+    /// If there is no [`room`](Self::room).
+    pub fn retire(&mut self, table: Pfn, gfns: GfnRange) {
+        assert!(self.room() > 0, "more tables were retired than there is room for");
+        self.retired.tables[self.retired.count] = table;
+        self.retired.count += 1;
+        self.owe(gfns);
+    }
+
+    fn owe(&mut self, gfns: GfnRange) {
+        self.unflushed = Some(self.unflushed.map_or(gfns, |owed| owed.hull(gfns)));
     }
 
     /// One entry, or one batch that the host handles as one, is dealt with: the frames `done`.
@@ -77,14 +142,14 @@ impl<'m, S: SecondaryMmu> ZapWalk<'m, S> {
             Zapped::Nothing => {}
             Zapped::Unflushed(frames) => {
                 counters.zapped_frames.fetch_add(frames, Ordering::Relaxed);
-                self.unflushed = Some(self.unflushed.map_or(done, |owed| owed.hull(done)));
+                self.owe(done);
             }
             Zapped::Flushed(frames) => {
                 counters.zapped_frames.fetch_add(frames, Ordering::Relaxed);
                 counters.flushes.fetch_add(1, Ordering::Relaxed);
             }
         }
-        if done.is_empty() || !self.is_break_wanted() {
+        if self.retired.count < RETIRED && (done.is_empty() || !self.is_break_wanted()) {
             return Walk::GoOn;
         }
         self.give_way();
@@ -104,7 +169,11 @@ impl<'m, S: SecondaryMmu> ZapWalk<'m, S> {
             self.flush();
         }
         let started = S::Platform::now_ns();
-        self.guard.bump_with(S::Platform::reschedule);
+        let (mmu, retired) = (self.mmu, mem::replace(&mut self.retired, Retired::none()));
+        self.guard.bump_with(|| {
+            free(mmu, retired);
+            S::Platform::reschedule();
+        });
         let counters = &self.mmu.counters;
         counters.yields.fetch_add(1, Ordering::Relaxed);
         counters.lock_wait_ns.fetch_add(S::Platform::now_ns().saturating_sub(started), Ordering::Relaxed);
@@ -118,10 +187,21 @@ impl<'m, S: SecondaryMmu> ZapWalk<'m, S> {
         }
     }
 
-    /// Flushes (rule F1) and gives up the lock.
+    /// Flushes (rule F1), gives up the lock, and frees what was unlinked.
     pub(crate) fn finish(mut self) {
         if !mutation::active(Mutation::BeginWithoutFlush) {
             self.flush();
         }
+        let Self { mmu, guard, retired, .. } = self;
+        drop(guard);
+        free(mmu, retired);
+    }
+}
+
+/// Frees tables that were unlinked and flushed (rule F3). The lock is not held: those who are waited for may want it.
+fn free<S: SecondaryMmu>(mmu: &GuestMmu<S>, retired: Retired) {
+    if retired.count > 0 {
+        mmu.vcpus.quiesce();
+        mmu.secondary().free_tables(retired);
     }
 }

@@ -1,19 +1,31 @@
-//! The protocol on a host in memory, scenario by scenario.
+//! The protocol on a host in memory, scenario by scenario: with faults that hold `mmu_lock` when they install, and with faults
+//! that announce intents.
 #![cfg(not(loom))]
 
 mod scenarios;
 mod support;
 
+/// Behind a `+`: what is about the lock itself.
 macro_rules! tests {
-    ($($module:ident { $($scenario:ident,)+ })+) => {
+    ($($module:ident { $($scenario:ident,)+ $(+ $($of_the_lock:ident,)+)? })+) => {
         $(mod $module {
-            $(#[test]
-            fn $scenario() {
-                crate::scenarios::$module::$scenario();
-            })+
+            mod lock {
+                crate::tests!(@ Lock, $module, $($scenario,)+ $($($of_the_lock,)+)?);
+            }
+            mod intent {
+                crate::tests!(@ Intent, $module, $($scenario,)+);
+            }
+        })+
+    };
+    (@ $witness:ident, $module:ident, $($scenario:ident,)+) => {
+        $(#[test]
+        fn $scenario() {
+            let scenario = crate::scenarios::$module::$scenario;
+            crate::support::machine::with_witness(afterimage_mmu::WitnessKind::$witness, scenario);
         })+
     };
 }
+use tests;
 
 tests! {
     fault {
@@ -55,7 +67,7 @@ tests! {
         the_hull_grows_and_lasts_until_the_last_end,
         invalidations_nest_in_one_thread,
         a_fault_before_the_zap_is_zapped,
-        a_fault_on_a_later_slot_during_a_yield_is_zapped_too,
+        every_slot_is_refused_during_a_yield,
         write_protection_leaves_reading,
         ages_are_told_and_taken,
         the_notifier_changes_pages_inside,
@@ -116,7 +128,7 @@ tests! {
         who_may_not_block_never_yields,
         nothing_is_owed_while_the_lock_is_given_up,
         a_second_invalidation_during_a_yield_may_free_the_page,
-        a_waiting_fault_gets_the_lock_between_two_entries,
         the_range_stays_refused_during_a_yield,
+        + a_waiting_fault_gets_the_lock_between_two_entries,
     }
 }

@@ -23,7 +23,7 @@ use core::fmt;
 
 use afterimage_mmu::{
     Access, Age, FRAME_BYTES, FastFault, Fault, FaultKind, Fresh, Gfn, GfnRange, Mapped, Memslot, PageRef,
-    PageSize, Pfn, Platform, SecondaryMmu, SlotFlags, Walk, Young, Zap, ZapWalk, Zapped,
+    PageSize, Pfn, Platform, SecondaryMmu, SlotFlags, Walk, Walker, Walking, Young, Zap, ZapWalk, Zapped,
 };
 
 use crate::format::{Execute, Format, Leaf, MemoryType, Writable};
@@ -121,11 +121,12 @@ impl<F: Format, H: Host> SecondaryMmu for Stage2<F, H> {
             .map_or(GfnRange::frame(gfn), |(_, block)| block)
     }
 
-    fn fast_fault(&self, slot: &Memslot, fault: &Fault) -> FastFault {
+    fn fast_fault(&self, slot: &Memslot, fault: &Fault, walker: &mut Walker<'_, H::Platform>) -> FastFault {
         let Some(tables) = self.tables(slot.space) else { return FastFault::NotApplicable };
         if fault.kind == FaultKind::Prefetch {
             return FastFault::NotApplicable;
         }
+        let _section = walker.walk();
         let upgraded = tables.upgrade_present(fault.gfn, |leaf| {
             let writable = match leaf.writable {
                 now if !fault.is_write() => now,
@@ -222,7 +223,7 @@ impl<F: Format, H: Host> SecondaryMmu for Stage2<F, H> {
         self.host.kick(vcpu);
     }
 
-    fn age(&self, slot: &Memslot, gfns: GfnRange, age: Age) -> Young {
+    fn age(&self, slot: &Memslot, gfns: GfnRange, age: Age, _walking: Walking<'_>) -> Young {
         match self.tables(slot.space) {
             Some(tables) if tables.age(gfns, age) => Young::Yes,
             Some(_) => Young::No,

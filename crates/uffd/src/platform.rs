@@ -1,7 +1,10 @@
-//! The engine's services on Linux: futexes, `sched_yield`, the monotonic clock.
+//! The engine's services on Linux: futexes, `membarrier`, `sched_yield`, the monotonic clock.
+
+use std::sync::OnceLock;
 
 use afterimage_mmu::{ParkWord, Platform};
-use rustix::thread::futex;
+use rustix::io::Errno;
+use rustix::thread::{MembarrierCommand, futex, membarrier, sched_yield};
 use rustix::time::{ClockId, clock_gettime};
 
 /// Threads of a Linux process.
@@ -30,8 +33,23 @@ impl Platform for Linux {
         core::hint::spin_loop();
     }
 
+    /// `MEMBARRIER_CMD_PRIVATE_EXPEDITED` (Linux 4.14; a sandbox may forbid it).
+    fn register_heavy_barrier() -> bool {
+        static REGISTERED: OnceLock<bool> = OnceLock::new();
+        *REGISTERED.get_or_init(|| membarrier(MembarrierCommand::RegisterPrivateExpedited).is_ok())
+    }
+
+    /// # Panics
+    /// If the system call, which could be registered, is forbidden since: without it nothing here is safe.
+    fn heavy_barrier() {
+        while let Err(error) = membarrier(MembarrierCommand::PrivateExpedited) {
+            assert_eq!(error, Errno::NOMEM, "membarrier was registered, and fails");
+            sched_yield();
+        }
+    }
+
     fn reschedule() {
-        rustix::thread::sched_yield();
+        sched_yield();
     }
 
     fn now_ns() -> u64 {
@@ -42,7 +60,7 @@ impl Platform for Linux {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicU32, Ordering};
+    use std::sync::atomic::{AtomicU32, Ordering, compiler_fence};
     use std::thread;
 
     use super::*;
@@ -59,6 +77,46 @@ mod tests {
             });
             word.store(1, Ordering::Release);
             Linux::wake_all(&word);
+        });
+    }
+
+    /// Two threads that each store and then look: with the barrier on one side alone, one of them sees the other.
+    #[test]
+    fn a_heavy_barrier_spares_the_other_side_its_fence() {
+        if !Linux::register_heavy_barrier() {
+            eprintln!(
+                "SKIP: membarrier(2) is not to be had: a_heavy_barrier_spares_the_other_side_its_fence"
+            );
+            return;
+        }
+        let [light, heavy, turn] = [const { AtomicU32::new(0) }; 3];
+        let [seen_light, seen_heavy] = [const { AtomicU32::new(0) }; 2];
+        const ROUNDS: u32 = 20_000;
+        let meet = |round: u32| {
+            turn.fetch_add(1, Ordering::AcqRel);
+            while turn.load(Ordering::Acquire) < 2 * round {
+                std::hint::spin_loop();
+            }
+        };
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                for round in 1..=ROUNDS {
+                    meet(2 * round - 1);
+                    light.store(round, Ordering::Release);
+                    compiler_fence(Ordering::SeqCst);
+                    seen_heavy.store(heavy.load(Ordering::Relaxed), Ordering::Relaxed);
+                    meet(2 * round);
+                }
+            });
+            for round in 1..=ROUNDS {
+                meet(2 * round - 1);
+                heavy.store(round, Ordering::Release);
+                Linux::heavy_barrier();
+                seen_light.store(light.load(Ordering::Relaxed), Ordering::Relaxed);
+                meet(2 * round);
+                let seen = [&seen_light, &seen_heavy].map(|word| word.load(Ordering::Relaxed));
+                assert!(seen.contains(&round), "round {round}: neither saw the other: {seen:?}");
+            }
         });
     }
 

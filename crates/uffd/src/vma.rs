@@ -29,7 +29,7 @@ use std::sync::Arc;
 
 use afterimage_mmu::{
     Age, Fault, Found, Fresh, Gfn, GfnRange, HvaRange, Mapped, Memslot, PageRef, PageSize, SecondaryMmu,
-    VcpuWords, Walk, Young, Zap, ZapWalk, Zapped,
+    VcpuWords, Walk, Walking, Young, Zap, ZapWalk, Zapped,
 };
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -290,7 +290,7 @@ impl<Page: VmaPage> SecondaryMmu for UffdMmu<Page> {
             let range = slot.hvas_of(done);
             match zap {
                 Zap::Unmap => self.unmap(range),
-                Zap::WriteProtect => self.write_protect(range),
+                Zap::WriteProtect | Zap::TrackDirty => self.write_protect(range),
             }
             next = done.end;
             // Nothing is kept between steps, so a restart goes on at the same place.
@@ -300,7 +300,7 @@ impl<Page: VmaPage> SecondaryMmu for UffdMmu<Page> {
 
     fn flush(&self, _gfns: GfnRange, _vcpus: &VcpuWords<Linux>) {}
 
-    fn age(&self, slot: &Memslot, gfns: GfnRange, age: Age) -> Young {
+    fn age(&self, slot: &Memslot, gfns: GfnRange, age: Age, _walking: Walking<'_>) -> Young {
         if age == Age::Clear && self.backing == Backing::Shared {
             self.unmap(slot.hvas_of(gfns));
         }

@@ -6,6 +6,7 @@ use loom::sync::atomic::{AtomicBool, Ordering};
 use loom::thread;
 
 use super::{RACE, STUCK, fails_without, holds};
+use crate::intent::Barrier;
 use crate::mutation::Mutation;
 use crate::platform::model::Loom;
 use crate::vcpu::{Requests, VcpuShared, VcpuWords};
@@ -20,7 +21,7 @@ struct Machine {
 impl Machine {
     fn new() -> Arc<Self> {
         let page = UnsafeCell::new(());
-        Arc::new(Self { vcpus: VcpuWords::new(), present: AtomicBool::new(true), page })
+        Arc::new(Self { vcpus: VcpuWords::new(Barrier::Symmetric), present: AtomicBool::new(true), page })
     }
 
     /// Enters the guest so many times, uses the page each time if the TLB or the table has it, and leaves.

@@ -10,6 +10,7 @@
 mod active;
 mod engine;
 mod handshake;
+mod intent;
 mod invalidation;
 mod lock;
 mod sections;

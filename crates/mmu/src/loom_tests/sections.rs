@@ -6,6 +6,7 @@ use loom::sync::atomic::{AtomicUsize, Ordering};
 use loom::thread;
 
 use super::{RACE, STUCK, fails_without, holds};
+use crate::intent::Barrier;
 use crate::mutation::Mutation;
 use crate::platform::model::Loom;
 use crate::readers::{ReaderWord, wait_for_readers};
@@ -27,7 +28,7 @@ impl Versions {
     }
 
     fn look(&self, word: usize, section: u32) {
-        self.words[word].enter(section);
+        self.words[word].enter(section, Barrier::Symmetric);
         self.versions[self.published.load(Ordering::Acquire)].with(|_| ());
         self.words[word].leave::<Loom>();
     }
@@ -35,7 +36,7 @@ impl Versions {
     /// Publishes the other version, and frees the first.
     fn update(&self) {
         self.published.store(1, Ordering::Release);
-        wait_for_readers::<Loom>(&self.words);
+        wait_for_readers::<Loom>(&self.words, Barrier::Symmetric);
         self.versions[0].with_mut(|_| ());
     }
 }

@@ -1,12 +1,13 @@
 //! A whole machine: tables, pages, memslots, and guests that access memory through a TLB.
 
+use core::cell::Cell;
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use afterimage_mmu::{
-    Access, Blocking, Emulate, Fault, FaultError, FaultOutcome, Found, Gfn, GfnRange, GuestMmu, Invalidation,
-    Memslot, Pfn, Policy, Precheck, Requests, RetryPoint, SequenceScope, SlotId, SpaceId, Vcpu, YieldPolicy,
-    Zap,
+    Access, Barrier, Blocking, Emulate, Fault, FaultError, FaultOutcome, Found, Gfn, GfnRange, GuestMmu,
+    Invalidation, Memslot, Pfn, Policy, Precheck, Requests, RetryPoint, SequenceScope, SlotId, SpaceId, Vcpu,
+    WitnessKind, YieldPolicy, Zap,
 };
 
 use super::frames::{Frames, Stamp};
@@ -38,7 +39,7 @@ impl Machine {
         let slot = machine.slot(0, 0, 64, 0);
         machine.mmu.create_slot(slot).expect("the first slot is in nobody's way");
         let mmu = Arc::downgrade(&machine.mmu);
-        machine.frames.record(move || mmu.upgrade().is_some_and(|mmu| mmu.is_locked()));
+        machine.frames.record(move || mmu.upgrade().is_some_and(|mmu| mmu.is_witnessed()));
         machine
     }
 
@@ -81,9 +82,25 @@ impl Machine {
     }
 }
 
+thread_local! {
+    static WITNESS: Cell<WitnessKind> = const { Cell::new(WitnessKind::Lock) };
+}
+
+/// Runs a scenario on machines whose faults hold `witness` when they install.
+pub(crate) fn with_witness(witness: WitnessKind, scenario: fn()) {
+    WITNESS.set(witness);
+    scenario();
+}
+
 /// A policy with everything on, and no yields.
 pub(crate) fn both() -> Policy {
-    Policy { precheck: Precheck::all(), yielding: YieldPolicy::Never, scope: SequenceScope::Global }
+    Policy {
+        precheck: Precheck::all(),
+        yielding: YieldPolicy::Never,
+        scope: SequenceScope::Global,
+        witness: WITNESS.get(),
+        barrier: Barrier::Symmetric,
+    }
 }
 
 /// The policy before the change: nothing is checked without the lock.

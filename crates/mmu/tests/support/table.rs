@@ -4,7 +4,8 @@ use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use afterimage_mmu::{
     Access, Age, CachedMmio, FastFault, Fault, FaultKind, Fresh, Gfn, GfnRange, Mapped, Memslot, PageRef,
-    PageSize, Pfn, Requests, SecondaryMmu, SlotFlags, SpaceId, VcpuWords, Walk, Young, Zap, ZapWalk, Zapped,
+    PageSize, Pfn, Requests, SecondaryMmu, SlotFlags, SpaceId, VcpuWords, Walk, Walker, Walking, Young, Zap,
+    ZapWalk, Zapped,
 };
 
 use super::frames::Page;
@@ -150,7 +151,8 @@ impl SecondaryMmu for FlatTable {
         self.tracked.load(Ordering::Relaxed) == gfn.as_u64()
     }
 
-    fn fast_fault(&self, slot: &Memslot, fault: &Fault) -> FastFault {
+    fn fast_fault(&self, slot: &Memslot, fault: &Fault, walker: &mut Walker<'_, Threads>) -> FastFault {
+        let _section = walker.walk();
         if self.no_fast_path.load(Ordering::Relaxed) {
             return FastFault::NotApplicable;
         }
@@ -225,7 +227,7 @@ impl SecondaryMmu for FlatTable {
             let word = self.word(slot.space, gfn);
             let taken = match zap {
                 Zap::Unmap => word.swap(0, Ordering::AcqRel) & PRESENT,
-                Zap::WriteProtect => word.fetch_and(!WRITE, Ordering::AcqRel) & WRITE,
+                Zap::WriteProtect | Zap::TrackDirty => word.fetch_and(!WRITE, Ordering::AcqRel) & WRITE,
             };
             let zapped = if taken == 0 { Zapped::Nothing } else { Zapped::Unflushed(1) };
             // One level and an index: after a yield there is nothing to look up again.
@@ -238,7 +240,7 @@ impl SecondaryMmu for FlatTable {
         vcpus.request_and_wait(Requests::FLUSH_TLB, |vcpu| self.kick(vcpu));
     }
 
-    fn age(&self, slot: &Memslot, gfns: GfnRange, age: Age) -> Young {
+    fn age(&self, slot: &Memslot, gfns: GfnRange, age: Age, _walking: Walking<'_>) -> Young {
         let mut young = Young::No;
         for gfn in (gfns.start.as_u64()..gfns.end.as_u64()).map(Gfn::new) {
             let word = self.word(slot.space, gfn);
@@ -253,15 +255,23 @@ impl SecondaryMmu for FlatTable {
         young
     }
 
-    fn cached_mmio(&self, gfn: Gfn) -> CachedMmio {
-        match self.entry(SpaceId(0), gfn) {
+    fn cached_mmio(&self, space: SpaceId, gfn: Gfn, walker: &mut Walker<'_, Threads>) -> CachedMmio {
+        let _section = walker.walk();
+        match self.entry(space, gfn) {
             Entry::Mmio { generation } => CachedMmio::Generation(generation),
             _ => CachedMmio::Gone,
         }
     }
 
-    fn cache_mmio(&self, gfn: Gfn, generation: u64, _cache: &mut Topped) {
-        let word = self.word(SpaceId(0), gfn);
+    fn cache_mmio(
+        &self,
+        space: SpaceId,
+        gfn: Gfn,
+        generation: u64,
+        _cache: &mut Topped,
+        _walking: Walking<'_>,
+    ) {
+        let word = self.word(space, gfn);
         let seen = word.load(Ordering::Acquire);
         if seen & PRESENT == 0 {
             let _ =

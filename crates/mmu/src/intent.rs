@@ -1,0 +1,399 @@
+//! Announcements: what a vCPU is about to install, and that it walks tables, without a lock.
+//!
+//! # States
+//!
+//! Each vCPU owns one word on cache lines of its own.
+//!
+//! ```text
+//! quiet ──announce the block that will be installed──► intent ──clear──► quiet
+//!   └─────announce that tables are walked────────────► walk ────clear──► quiet
+//! ```
+//!
+//! Every announcement has a generation of its own, so that two for the same frames are told apart.
+//!
+//! # An intent is a witness
+//!
+//! A fault announces its block and only then verifies; it clears the word when the install is done. An invalidation
+//! publishes its range and its count, and only then looks at every word: it waits until each that named a frame of the
+//! range says something else, and zaps after that. With a full barrier on both sides between the store and the look:
+//!
+//! * the invalidation sees the announcement: it waits, and the zap finds whatever was installed; or
+//! * the vCPU sees count and range, and retries.
+//!
+//! So no install of the range comes behind the zap. An announcement that is made after the look can only be followed by a
+//! verdict "covered", until the end; and after the end the sequence has moved. See
+//! [`Invalidations::verify`] for the order in which a verdict reads the words while they change.
+//!
+//! Only invalidations of the announced frames wait, as long as the install takes. They hold no lock meanwhile, and park
+//! after a short spin: a vCPU that loses its CPU between announce and clear delays nobody else.
+//!
+//! # A walk protects tables
+//!
+//! Who follows links between tables has announced something, holds `mmu_lock`, or is in the guest. Who unlinks a table
+//! holds `mmu_lock` for write, flushes, and before the table is freed waits until every word that was not quiet says
+//! something else ([`VcpuWords::quiesce`](crate::VcpuWords)). It is KVM's RCU, by the same word.
+//!
+//! # Two barriers
+//!
+//! The vCPU's side is the hot one. With [`Barrier::Heavy`] it is free of fences: the other side makes every CPU execute
+//! one ([`Platform::heavy_barrier`]). With [`Barrier::Symmetric`] each side has its own. To be woken, a waiter that
+//! is about to park sets a mark and has a look of its own, by the heavy barrier wherever there is one.
+//!
+//! Source: the architecture of hazard pointers and of `membarrier(2)`; Linux has no counterpart in KVM.
+
+use core::fmt;
+use core::marker::PhantomData;
+
+use crate::addr::{Gfn, GfnRange};
+use crate::invalidation::{Invalidations, MachineId};
+use crate::mmu_lock::{Witness, sealed};
+use crate::mutation::{self, Mutation};
+use crate::platform::Platform;
+use crate::sync::{AtomicU64, Ordering, ParkWord, compiler_fence, fence};
+
+/// How an announcement is ordered before the look that follows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Barrier {
+    /// Both sides execute a fence. Where faults are dear, or invalidations many.
+    Symmetric,
+    /// The vCPU executes none, the other side one for all CPUs: [`Platform::heavy_barrier`]. Where faults are many.
+    /// A platform that has none gets `Symmetric` instead.
+    Heavy,
+}
+
+impl Barrier {
+    /// The vCPU's side.
+    #[inline]
+    pub(crate) fn light(self) {
+        match self {
+            Self::Symmetric => fence(Ordering::SeqCst),
+            Self::Heavy => compiler_fence(Ordering::SeqCst),
+        }
+    }
+
+    /// The other side.
+    pub(crate) fn heavy<P: Platform>(self) {
+        match self {
+            Self::Symmetric => fence(Ordering::SeqCst),
+            Self::Heavy => P::heavy_barrier(),
+        }
+    }
+}
+
+/// The barriers of one virtual machine.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Barriers {
+    /// Between an announcement (or a read section's start) and the look that follows.
+    pub(crate) announce: Barrier,
+    /// Between a clear and the look for someone who waits.
+    park: Barrier,
+}
+
+impl Barriers {
+    /// What `P` has of what is `wanted`.
+    pub(crate) fn of<P: Platform>(wanted: Barrier) -> Self {
+        let best = if P::register_heavy_barrier() { Barrier::Heavy } else { Barrier::Symmetric };
+        Self { announce: if wanted == best { wanted } else { Barrier::Symmetric }, park: best }
+    }
+}
+
+/// Bits of a word, from below: active, order of the block, first frame, generation.
+const ACTIVE: u64 = 1;
+const ORDER_SHIFT: u32 = 1;
+const ORDER_BITS: u32 = 6;
+const GFN_SHIFT: u32 = ORDER_SHIFT + ORDER_BITS;
+/// Frames that 57-bit guest-physical addresses reach.
+const GFN_BITS: u32 = 45;
+const GENERATION_SHIFT: u32 = GFN_SHIFT + GFN_BITS;
+const GENERATION: u64 = u64::MAX << GENERATION_SHIFT;
+const ONE_GENERATION: u64 = 1 << GENERATION_SHIFT;
+/// The order of a block with every frame in it.
+const EVERYTHING: u64 = GFN_BITS as u64;
+/// The order of an announcement that names no frame: a walk.
+const NOTHING: u64 = (1 << ORDER_BITS) - 1;
+
+/// The smallest naturally aligned block of two to the power of `order` frames around `range`.
+#[inline]
+fn encode(range: GfnRange) -> u64 {
+    let (first, last) =
+        (range.start.as_u64(), range.end.as_u64().saturating_sub(1).max(range.start.as_u64()));
+    let order = u64::from(u64::BITS - (first ^ last).leading_zeros());
+    if last >> GFN_BITS != 0 {
+        return EVERYTHING << ORDER_SHIFT;
+    }
+    (first >> order << order) << GFN_SHIFT | order << ORDER_SHIFT
+}
+
+/// Whether an announcement names a frame that `covers` says yes to.
+fn names(word: u64, covers: impl FnOnce(GfnRange) -> bool) -> bool {
+    if word & ACTIVE == 0 {
+        return false;
+    }
+    let first = word >> GFN_SHIFT & ((1 << GFN_BITS) - 1);
+    match word >> ORDER_SHIFT & ((1 << ORDER_BITS) - 1) {
+        NOTHING => false,
+        // Frames beyond the word's reach are announced so, too.
+        EVERYTHING => covers(GfnRange::new(Gfn::new(0), Gfn::new(u64::MAX))),
+        order => covers(GfnRange::new(Gfn::new(first), Gfn::new(first + (1 << order)))),
+    }
+}
+
+/// The word of one vCPU, and where those park who wait for it to change.
+#[derive(Debug)]
+pub(crate) struct IntentWord {
+    word: AtomicU64,
+    /// Odd: someone waits, or did.
+    waiters: ParkWord,
+}
+
+impl IntentWord {
+    pub(crate) fn new() -> Self {
+        Self { word: AtomicU64::new(0), waiters: ParkWord::new(0) }
+    }
+
+    #[inline]
+    fn announce(&self, what: u64, barrier: Barrier) {
+        let quiet = self.word.load(Ordering::Relaxed);
+        debug_assert_eq!(quiet & ACTIVE, 0, "a vCPU announces one thing at a time");
+        // Release: who waits for the last announcement may find this one. What was done then comes before all the same.
+        let ordering = mutation::unless(Mutation::AnnounceRelaxed, Ordering::Release);
+        self.word.store((quiet & GENERATION).wrapping_add(ONE_GENERATION) | what | ACTIVE, ordering);
+        if !mutation::active(Mutation::AnnounceWithoutFence) {
+            barrier.light();
+        }
+    }
+
+    #[inline]
+    fn clear<P: Platform>(&self, barriers: Barriers) {
+        let ordering = mutation::unless(Mutation::ClearRelaxed, Ordering::Release);
+        self.word.store(self.word.load(Ordering::Relaxed) & GENERATION, ordering);
+        if P::PARKS {
+            if !mutation::active(Mutation::ClearWithoutFence) {
+                barriers.park.light();
+            }
+            if self.waiters.load(Ordering::Relaxed) & 1 != 0 {
+                self.wake::<P>();
+            }
+        }
+    }
+
+    #[cold]
+    fn wake<P: Platform>(&self) {
+        // Even again: whoever marks it next parks on a new value.
+        self.waiters.fetch_add(1, Ordering::Relaxed);
+        P::wake_all(&self.waiters);
+    }
+
+    /// Waits until the word is no longer `seen`.
+    fn wait_out<P: Platform>(&self, seen: u64, barriers: Barriers) {
+        for _ in 0..P::SPINS {
+            if self.word.load(Ordering::Acquire) != seen {
+                return;
+            }
+            P::relax();
+        }
+        loop {
+            let marked = self.waiters.fetch_or(1, Ordering::Relaxed) | 1;
+            barriers.park.heavy::<P>();
+            if self.word.load(Ordering::Acquire) != seen {
+                return;
+            }
+            P::wait(&self.waiters, marked);
+        }
+    }
+
+    /// Waits for the announcement that is made now, if it names a frame that `covers` says yes to; whether it did.
+    /// Behind the heavy barrier.
+    pub(crate) fn drain<P: Platform>(
+        &self,
+        covers: impl FnOnce(GfnRange) -> bool,
+        barriers: Barriers,
+    ) -> Waited {
+        // Acquire, also of a quiet word: what was installed before it was cleared is seen by the zap.
+        let seen = self.word.load(Ordering::Acquire);
+        if mutation::active(Mutation::BeginWithoutDrain) || !names(seen, covers) {
+            return Waited::No;
+        }
+        self.wait_out::<P>(seen, barriers);
+        Waited::Yes
+    }
+
+    pub(crate) fn is_announced(&self) -> bool {
+        self.word.load(Ordering::Acquire) & ACTIVE != 0
+    }
+
+    /// Waits for the announcement that is made now, whatever it says. Behind the heavy barrier.
+    pub(crate) fn quiesce<P: Platform>(&self, barriers: Barriers) {
+        let seen = self.word.load(Ordering::Acquire);
+        if seen & ACTIVE != 0 {
+            self.wait_out::<P>(seen, barriers);
+        }
+    }
+}
+
+/// Whether an announcement had to be waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Waited {
+    No,
+    Yes,
+}
+
+/// The announcement that a block of frames is about to be installed: a [`Witness`], without a lock.
+///
+/// Dropping it says that the install is done.
+#[must_use = "an announcement that is dropped at once announces nothing"]
+pub struct Intent<'v, P: Platform> {
+    word: &'v IntentWord,
+    invalidations: &'v Invalidations,
+    barriers: Barriers,
+    platform: PhantomData<fn() -> P>,
+}
+
+impl<P: Platform> fmt::Debug for Intent<'_, P> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Intent").field("word", &self.word.word).finish()
+    }
+}
+
+impl<'v, P: Platform> Intent<'v, P> {
+    #[inline]
+    pub(crate) fn announce(
+        word: &'v IntentWord,
+        invalidations: &'v Invalidations,
+        barriers: Barriers,
+        block: GfnRange,
+    ) -> Self {
+        word.announce(encode(block), barriers.announce);
+        Self { word, invalidations, barriers, platform: PhantomData }
+    }
+}
+
+impl<P: Platform> Drop for Intent<'_, P> {
+    #[inline]
+    fn drop(&mut self) {
+        self.word.clear::<P>(self.barriers);
+    }
+}
+
+impl<P: Platform> sealed::Sealed for Intent<'_, P> {}
+
+impl<P: Platform> Witness for Intent<'_, P> {
+    const HOLDS_LOCK: bool = false;
+
+    #[inline]
+    fn invalidations(&self) -> &Invalidations {
+        self.invalidations
+    }
+}
+
+/// Who may walk tables without a lock and without an intent: a vCPU on the fast path, or a visitor.
+#[derive(Debug)]
+pub struct Walker<'v, P: Platform> {
+    word: &'v IntentWord,
+    machine: MachineId,
+    barriers: Barriers,
+    platform: PhantomData<fn() -> P>,
+}
+
+impl<'v, P: Platform> Walker<'v, P> {
+    pub(crate) fn new(word: &'v IntentWord, machine: MachineId, barriers: Barriers) -> Self {
+        Self { word, machine, barriers, platform: PhantomData }
+    }
+
+    /// Starts a walk: until the section is dropped no table is freed that could be reached in it.
+    #[inline]
+    pub fn walk(&mut self) -> WalkSection<'_, P> {
+        self.word.announce(NOTHING << ORDER_SHIFT, self.barriers.announce);
+        WalkSection { walker: self }
+    }
+}
+
+/// A walk without a lock. See [`Walker::walk`].
+#[must_use = "the walk ends at once"]
+#[derive(Debug)]
+pub struct WalkSection<'w, P: Platform> {
+    walker: &'w Walker<'w, P>,
+}
+
+impl<P: Platform> WalkSection<'_, P> {
+    /// The right to follow links.
+    #[inline]
+    pub fn walking(&self) -> Walking<'_> {
+        Walking::new(self.walker.machine)
+    }
+}
+
+impl<P: Platform> Drop for WalkSection<'_, P> {
+    #[inline]
+    fn drop(&mut self) {
+        self.walker.word.clear::<P>(self.walker.barriers);
+    }
+}
+
+/// The right to follow links between the tables of one virtual machine: while `'w` lives, no table is freed that was
+/// linked at some time since it began.
+///
+/// From a [`Witness`], a [`Fresh`](crate::Fresh) verdict or a [`WalkSection`].
+#[derive(Clone, Copy, Debug)]
+pub struct Walking<'w> {
+    machine: MachineId,
+    section: PhantomData<&'w ()>,
+}
+
+impl Walking<'_> {
+    #[inline]
+    pub(crate) fn new(machine: MachineId) -> Self {
+        Self { machine, section: PhantomData }
+    }
+
+    /// Whose tables.
+    #[inline]
+    pub fn machine(&self) -> MachineId {
+        self.machine
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    fn frames(start: u64, end: u64) -> GfnRange {
+        GfnRange::new(Gfn::new(start), Gfn::new(end))
+    }
+
+    fn named(range: GfnRange) -> Option<GfnRange> {
+        let mut said = None;
+        let _ = names(encode(range) | ACTIVE, |block| {
+            said = Some(block);
+            true
+        });
+        said
+    }
+
+    #[test]
+    fn blocks_are_named_exactly_and_other_ranges_by_the_block_around_them() {
+        for (range, block) in [
+            (frames(5, 6), frames(5, 6)),
+            (frames(512, 1024), frames(512, 1024)),
+            (frames(1 << 18, 2 << 18), frames(1 << 18, 2 << 18)),
+            (frames(3, 5), frames(0, 8)),
+            (frames((1 << 45) - 1, 1 << 45), frames((1 << 45) - 1, 1 << 45)),
+            (frames(7, 7), frames(7, 8)),
+        ] {
+            assert_eq!(named(range), Some(block), "{range}");
+        }
+    }
+
+    #[test]
+    fn frames_out_of_the_words_reach_are_covered_by_any_range() {
+        let everything = frames(0, u64::MAX);
+        assert_eq!(named(frames(1 << 45, (1 << 45) + 1)), Some(everything));
+        assert_eq!(named(frames(0, 1 << 45)), Some(everything));
+    }
+
+    #[test]
+    fn a_walk_names_no_frame_and_a_quiet_word_nothing() {
+        assert!(!names(NOTHING << ORDER_SHIFT | ACTIVE, |_| true));
+        assert!(!names(encode(frames(1, 2)), |_| true));
+    }
+}

@@ -1,0 +1,276 @@
+//! Announce, verify, install and clear against begin, drain, zap and end: no schedule leaves a stale entry, and none sleeps
+//! for ever. Fences are symmetric: loom has no barrier that one thread executes for another.
+
+use loom::cell::UnsafeCell;
+use loom::sync::Arc;
+use loom::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use loom::thread;
+
+use super::{RACE, STUCK, fails_without, holds};
+use crate::addr::{Gfn, GfnRange};
+use crate::intent::{Barrier, Intent, Walker};
+use crate::invalidation::SequenceScope;
+use crate::mmu_lock::MmuLock;
+use crate::mutation::Mutation;
+use crate::platform::model::Loom;
+use crate::vcpu::{VcpuShared, VcpuWords};
+
+const FRAME: GfnRange = GfnRange::frame(Gfn::new(4));
+/// The huge page around it.
+const BLOCK: GfnRange = GfnRange::new(Gfn::new(4), Gfn::new(6));
+/// In another region.
+const ELSEWHERE: GfnRange = GfnRange::frame(Gfn::new(6));
+
+/// Frames that are taken away one by one and shown as one block, and who shows them.
+struct Block {
+    lock: MmuLock<Loom>,
+    words: VcpuWords<Loom>,
+    page: AtomicU64,
+    entry: AtomicU64,
+}
+
+impl Block {
+    fn new(scope: SequenceScope) -> Arc<Self> {
+        Arc::new(Self {
+            lock: MmuLock::with_scope(scope),
+            words: VcpuWords::new(Barrier::Symmetric),
+            page: AtomicU64::new(1),
+            entry: AtomicU64::new(0),
+        })
+    }
+
+    /// A fault of `block`, as the path has it. The page is looked up and installed without any ordering of its own.
+    fn fault(&self, vcpu: &VcpuShared, block: GfnRange) {
+        let invalidations = self.lock.invalidations();
+        let since = invalidations.snapshot_of(block);
+        let page = self.page.load(Ordering::Relaxed);
+        let intent = Intent::<Loom>::announce(&vcpu.intent, invalidations, self.words.barriers(), block);
+        if invalidations.verify(&intent, since, block).is_ok() {
+            self.entry.store(page, Ordering::Relaxed);
+        }
+        drop(intent);
+    }
+
+    fn begin(&self, range: GfnRange) {
+        let mut guard = self.lock.write();
+        guard.begin();
+        guard.add_range(range).expect("it has begun");
+        drop(guard);
+        self.words.drain(|block| block.overlaps(range));
+    }
+
+    /// An invalidation of the frame that replaces the page.
+    fn replace(&self, page: u64) {
+        self.begin(FRAME);
+        self.entry.store(0, Ordering::Relaxed);
+        // The old page is freed here. Nothing may show it, or anything else, until the end.
+        self.page.store(page, Ordering::Relaxed);
+        assert_eq!(self.entry.load(Ordering::Relaxed), 0, "stale: installed inside");
+        let mut guard = self.lock.write();
+        assert_eq!(self.entry.load(Ordering::Relaxed), 0, "stale: installed inside");
+        guard.end_of(FRAME).expect("it has begun and has a range");
+    }
+
+    /// An invalidation of another frame.
+    fn elsewhere(&self) {
+        self.begin(ELSEWHERE);
+        self.lock.write().end_of(ELSEWHERE).expect("it has begun and has a range");
+    }
+
+    fn assert_not_stale(&self) {
+        let (entry, page) = (self.entry.load(Ordering::Relaxed), self.page.load(Ordering::Relaxed));
+        assert!(entry == 0 || entry == page, "stale: entry {entry} while the page is {page}");
+    }
+}
+
+fn one_fault(scope: SequenceScope, range: GfnRange, act: impl FnOnce(&Block)) {
+    let block = Block::new(scope);
+    let vcpu = block.words.register();
+    let other = Arc::clone(&block);
+    let faulting = thread::spawn(move || other.fault(&vcpu, range));
+    act(&block);
+    faulting.join().expect("the fault does not panic");
+    block.assert_not_stale();
+}
+
+fn a_fault_against_an_invalidation() {
+    one_fault(SequenceScope::Global, FRAME, |block| block.replace(2));
+}
+
+fn a_fault_against_an_invalidation_of_its_region() {
+    one_fault(SequenceScope::Region, FRAME, |block| block.replace(2));
+}
+
+/// One frame of the block is taken away: the announcement is of all.
+fn a_huge_fault_against_an_invalidation() {
+    one_fault(SequenceScope::Global, BLOCK, |block| block.replace(2));
+}
+
+fn a_fault_against_two_changes_in_turn() {
+    one_fault(SequenceScope::Global, FRAME, |block| {
+        block.replace(2);
+        block.replace(3);
+    });
+}
+
+/// The one that covers the frame is over, and another is active that has emptied the bounds.
+fn a_fault_against_two_ranges_in_turn() {
+    one_fault(SequenceScope::Region, FRAME, |block| {
+        block.replace(2);
+        block.elsewhere();
+    });
+}
+
+/// The same vCPU faults again: its second announcement is not taken for its first.
+fn two_faults_against_an_invalidation() {
+    let block = Block::new(SequenceScope::Global);
+    let vcpu = block.words.register();
+    let other = Arc::clone(&block);
+    let faulting = thread::spawn(move || {
+        other.fault(&vcpu, FRAME);
+        other.fault(&vcpu, FRAME);
+    });
+    block.replace(2);
+    faulting.join().expect("the fault does not panic");
+    block.assert_not_stale();
+}
+
+fn two_vcpus_against_an_invalidation() {
+    let block = Block::new(SequenceScope::Global);
+    let vcpus = [(); 2].map(|()| {
+        let (vcpu, other) = (block.words.register(), Arc::clone(&block));
+        thread::spawn(move || other.fault(&vcpu, FRAME))
+    });
+    block.replace(2);
+    for vcpu in vcpus {
+        vcpu.join().expect("the fault does not panic");
+    }
+    block.assert_not_stale();
+}
+
+/// Two invalidators at once, one of them of the frame.
+fn a_fault_against_two_invalidators() {
+    let block = Block::new(SequenceScope::Region);
+    let vcpu = block.words.register();
+    let (other, neighbour) = (Arc::clone(&block), Arc::clone(&block));
+    let faulting = thread::spawn(move || other.fault(&vcpu, FRAME));
+    let elsewhere = thread::spawn(move || neighbour.elsewhere());
+    block.replace(2);
+    faulting.join().expect("the fault does not panic");
+    elsewhere.join().expect("the invalidation does not panic");
+    block.assert_not_stale();
+    assert_eq!(block.lock.invalidations().in_progress(), 0);
+}
+
+/// Two tables, of which one is linked, and freed when it no longer is.
+struct Links {
+    words: VcpuWords<Loom>,
+    linked: AtomicUsize,
+    tables: [UnsafeCell<()>; 2],
+}
+
+impl Links {
+    fn new() -> Arc<Self> {
+        Arc::new(Self {
+            words: VcpuWords::new(Barrier::Symmetric),
+            linked: AtomicUsize::new(0),
+            tables: [UnsafeCell::new(()), UnsafeCell::new(())],
+        })
+    }
+
+    fn walk(&self, walker: &mut Walker<'_, Loom>) {
+        let section = walker.walk();
+        self.tables[self.linked.load(Ordering::Acquire)].with(|_| ());
+        drop(section);
+    }
+
+    fn unlink_and_free(&self) {
+        self.linked.store(1, Ordering::Release);
+        self.words.quiesce();
+        self.tables[0].with_mut(|_| ());
+    }
+}
+
+fn walks_against_a_free(walks: usize) {
+    let links = Links::new();
+    let (vcpu, other) = (links.words.register(), Arc::clone(&links));
+    let walking = thread::spawn(move || {
+        let machine = MmuLock::<Loom>::new().invalidations().machine();
+        let mut walker = Walker::new(&vcpu.intent, machine, other.words.barriers());
+        for _ in 0..walks {
+            other.walk(&mut walker);
+        }
+    });
+    links.unlink_and_free();
+    walking.join().expect("the walk does not panic");
+}
+
+fn a_walk_against_a_free() {
+    walks_against_a_free(1);
+}
+
+fn two_walks_against_a_free() {
+    walks_against_a_free(2);
+}
+
+/// Aging has no vCPU: visitors' words are looked at, too.
+fn a_visit_against_a_free() {
+    let links = Links::new();
+    let other = Arc::clone(&links);
+    let walking = thread::spawn(move || {
+        let machine = MmuLock::<Loom>::new().invalidations().machine();
+        let visit = other.words.visit().expect("nobody else visits");
+        other.walk(&mut Walker::new(visit.word(), machine, other.words.barriers()));
+    });
+    links.unlink_and_free();
+    walking.join().expect("the walk does not panic");
+}
+
+#[test]
+fn loom_no_stale_entry_survives_without_the_lock() {
+    holds("intent, invalidation", 5, a_fault_against_an_invalidation);
+    holds("intent, invalidation", 4, a_fault_against_an_invalidation_of_its_region);
+    holds("intent of a block, invalidation of a part", 4, a_huge_fault_against_an_invalidation);
+    holds("intent, two invalidations in turn", 3, a_fault_against_two_changes_in_turn);
+    holds("intent, two ranges in turn", 3, a_fault_against_two_ranges_in_turn);
+    holds("two intents in turn, invalidation", 3, two_faults_against_an_invalidation);
+    holds("two vCPUs, invalidation", 2, two_vcpus_against_an_invalidation);
+    holds("intent, two invalidators", 2, a_fault_against_two_invalidators);
+}
+
+#[test]
+fn loom_a_table_is_freed_when_nobody_walks() {
+    holds("walk, free", 5, a_walk_against_a_free);
+    holds("two walks in turn, free", 5, two_walks_against_a_free);
+    holds("visit, free", 5, a_visit_against_a_free);
+}
+
+#[test]
+fn loom_each_rule_of_an_intent_is_needed() {
+    for rule in [
+        Mutation::AnnounceWithoutFence,
+        Mutation::DrainWithoutFence,
+        Mutation::BeginWithoutDrain,
+        Mutation::ClearRelaxed,
+        Mutation::VerifyAlwaysFresh,
+        Mutation::VerifyIgnoresSequence,
+        Mutation::VerifyIgnoresRange,
+        Mutation::EndKeepsSequence,
+        Mutation::BumpRelaxed,
+    ] {
+        fails_without(rule, &["stale: "], 3, a_fault_against_an_invalidation);
+    }
+    fails_without(Mutation::EndCountFirst, &["stale: "], 3, a_fault_against_an_invalidation);
+    fails_without(Mutation::AnnounceRelaxed, &["stale: "], 4, two_faults_against_an_invalidation);
+    fails_without(Mutation::VerifyRelaxed, &["stale: "], 3, a_fault_against_two_ranges_in_turn);
+    fails_without(Mutation::BeginRelaxed, &["stale: "], 3, a_fault_against_two_ranges_in_turn);
+    fails_without(Mutation::ClearWithoutFence, STUCK, 3, a_fault_against_an_invalidation);
+}
+
+#[test]
+fn loom_each_rule_of_a_walk_is_needed() {
+    fails_without(Mutation::FreeWithoutQuiescence, RACE, 3, a_walk_against_a_free);
+    fails_without(Mutation::AnnounceWithoutFence, RACE, 3, a_walk_against_a_free);
+    fails_without(Mutation::ClearRelaxed, RACE, 3, a_walk_against_a_free);
+    fails_without(Mutation::AnnounceRelaxed, RACE, 4, two_walks_against_a_free);
+}
