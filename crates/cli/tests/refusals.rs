@@ -5,10 +5,11 @@ mod command;
 use std::ffi::OsStr;
 use std::path::Path;
 
+use afterimage_testing::skip;
 use rustix::fs::Mode;
 use tempfile::TempDir;
 
-use command::{Ended, afterimage, alone, has_guest, skip, to_end};
+use command::{Ended, afterimage, alone, has_guest, to_end};
 
 /// Runs `options` with a JSON file that does not exist before, nor after.
 #[track_caller]

@@ -5,10 +5,10 @@ mod command;
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 
+use afterimage_testing::{HugePages, skip};
 use serde_json::{Value, json};
 
-use command::huge_pages::HugePages;
-use command::{Run, afterimage, alone, has_guest, has_kvm, read_json, run, skip, to_end};
+use command::{Run, afterimage, alone, has_guest, has_kvm, read_json, run, to_end};
 
 /// Memory so small that a second of a slow build is enough to go around it many times.
 const SMALL: [&str; 4] = ["--memory", "8m", "--resident", "1m"];

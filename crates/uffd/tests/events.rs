@@ -6,11 +6,11 @@
 
 mod facility;
 
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Mutex, MutexGuard};
 
 use afterimage_mmu::{Hva, HvaRange};
-use afterimage_uffd::{Event, Features, Mapping, RegisterModes, Resolved, Uffd, Wake};
-use facility::{Kind, Touch, next_event, next_fault, settled, uffd};
+use afterimage_uffd::{Event, Features, RegisterModes, Resolved, Uffd, Wake};
+use facility::{Kind, Memory, Touch, next_event, next_fault, settled, uffd};
 use rustix::mm::{MapFlags, MremapFlags, ProtFlags};
 
 /// One test at a time: addresses that one has unmapped must not come back registered by another.
@@ -19,7 +19,7 @@ fn alone() -> MutexGuard<'static, ()> {
     ONE.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
-fn registered(kind: Kind, test: &str, features: Features) -> Option<(Uffd, Arc<Mapping>)> {
+fn registered(kind: Kind, test: &str, features: Features) -> Option<(Uffd, Memory)> {
     let uffd = uffd(test, features)?;
     let mapping = kind.map(test, 4)?;
     mapping.register(&uffd, RegisterModes::MISSING).expect("register");
@@ -68,7 +68,8 @@ fn freeing_a_files_pages_through_a_mapping_is_announced() {
 fn unmapping_is_announced() {
     let _alone = alone();
     for kind in Kind::ALL {
-        let Some((uffd, mapping)) = registered(kind, "UNMAP", Features::EVENT_UNMAP) else { continue };
+        let Some((uffd, memory)) = registered(kind, "UNMAP", Features::EVENT_UNMAP) else { continue };
+        let Memory { mapping, claim: _claim } = memory;
         let range = mapping.range();
         // The last owner unmaps, and waits until that is read.
         let owner = std::thread::spawn(move || drop(mapping));

@@ -7,11 +7,12 @@ mod facility;
 use std::os::fd::{AsFd, OwnedFd};
 
 use afterimage_mmu::{Hva, HvaRange, PageSize};
+use afterimage_testing::skip;
 use afterimage_uffd::{
     EventBuffer, FaultOrigin, Features, Mapping, OpenOptions, Populate, RangeIoctls, RegisterModes, Uffd,
     UffdError,
 };
-use facility::{Kind, Touch, next_fault, skip, uffd};
+use facility::{Kind, Touch, next_fault, uffd};
 use rustix::fs::OFlags;
 use rustix::io::FdFlags;
 use rustix::mm::UserfaultfdFlags;

@@ -2,20 +2,20 @@
 
 mod facility;
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use afterimage_mmu::HvaRange;
+use afterimage_testing::skip;
 use afterimage_uffd::{
     Features, Mapping, PageCategories, PageQuery, PageRegion, Pagemap, Protect, RegisterModes, Resolved,
     Uffd, UffdError,
 };
-use facility::{Kind, skip, uffd};
+use facility::{Kind, Memory, uffd};
 use rustix::io::Errno;
 
 const WRITTEN: PageQuery = PageQuery::all_of(PageCategories::WRITTEN);
 
-fn logged(kind: Kind, test: &str, pages: u64) -> Option<(Uffd, Arc<Mapping>, Pagemap)> {
+fn logged(kind: Kind, test: &str, pages: u64) -> Option<(Uffd, Memory, Pagemap)> {
     let uffd = uffd(test, Features::WP_ASYNC | Features::WP_HUGETLBFS_SHMEM)?;
     assert!(uffd.features().contains(Features::WP_UNPOPULATED), "WP_ASYNC brings it");
     let mapping = kind.map(test, pages)?;

@@ -10,6 +10,7 @@ mod facility;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
+use afterimage_testing::skip;
 use afterimage_uffd::{
     Event, EventBuffer, Features, Mapping, Moved, Protection, RegisterModes, Resolved, SourceHoles, Stop,
     Uffd, Wake,
@@ -104,7 +105,7 @@ fn a_fault_is_read_ahead_of_an_older_remove() {
     });
     // Poll cannot tell the fault from the REMOVE; where its thread sleeps can.
     if !sleeps_in_userfaultfd(receiver.recv_timeout(PATIENCE).expect("the thread")) {
-        return facility::skip("order", "/proc does not show where a thread sleeps");
+        return skip("order", "/proc does not show where a thread sleeps");
     }
     let mut buffer = EventBuffer::with_capacity(8);
     let batch: Vec<_> = uffd.read_events(&mut buffer).expect("read").collect();

@@ -1,16 +1,12 @@
 //! Runs the built command, and says what the tests need of the machine.
 //!
-//! The commands keep all cores busy, so one runs at a time ([`alone`]). A test that lacks something skips through
-//! [`skip`], which writes past the test harness's capture; with `AFTERIMAGE_NO_SKIP` set it fails instead. Waiting is
+//! The commands keep all cores busy, so one runs at a time ([`alone`]). A test that lacks something skips. Waiting is
 //! bounded by [`PATIENCE`]: a command that does not end is a failure and not a hang.
 
 #![expect(dead_code, reason = "each test binary uses a part of this")]
 
-pub(crate) mod huge_pages;
-
 use std::ffi::OsStr;
-use std::fmt::Display;
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, Read as _};
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
 use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
@@ -18,6 +14,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use afterimage_testing::skip;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
@@ -31,12 +28,6 @@ static ONE: Mutex<()> = Mutex::new(());
 /// The only test of this binary that runs a command until this is dropped. Other binaries run before or after it.
 pub(crate) fn alone() -> MutexGuard<'static, ()> {
     ONE.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Says loudly that a test does not run here.
-pub(crate) fn skip(test: &str, lacks: impl Display) {
-    assert!(std::env::var_os("AFTERIMAGE_NO_SKIP").is_none(), "{test} cannot run: {lacks}");
-    let _ = writeln!(std::io::stderr(), "\n=== SKIP {test}: {lacks}\n");
 }
 
 /// Whether a KVM guest can run here and its faults be served. If not, says that `test` is skipped.

@@ -7,9 +7,10 @@ use std::thread;
 
 use afterimage_memory::{FileSource, Kind, MemoryError, State};
 use afterimage_mmu::{FRAME_BYTES, PageSize, Pfn, PfnRange};
-use afterimage_uffd::{Backing, HugePages};
+use afterimage_testing::HugePages;
+use afterimage_uffd::Backing;
 
-use crate::support::{BACKINGS, Setup, Stamps, Touch, skip, stamp};
+use crate::support::{BACKINGS, Setup, Stamps, Touch, stamp};
 
 #[test]
 fn pages_come_from_the_source() {
@@ -103,11 +104,8 @@ fn ranges_must_be_whole_pages_of_the_object() {
 #[test]
 fn huge_pages_move_as_a_whole() {
     const FRAMES: u64 = 512;
+    let Some(_pages) = HugePages::claim("huge pages", 4) else { return };
     for backing in BACKINGS {
-        let free = HugePages::of(PageSize::Size2M).map_or(0, |pool| pool.available());
-        if free < 4 {
-            return skip("huge pages", format!("{free} huge pages are free"));
-        }
         let source = Stamps::new(4 * FRAMES);
         let setup =
             Setup { page_size: PageSize::Size2M, ..Setup::new("huge pages", backing, 4).source(&source) };

@@ -3,7 +3,7 @@
 mod gate;
 
 use std::collections::HashSet;
-use std::io::{self, Write as _};
+use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -19,6 +19,7 @@ use afterimage_mmu::{
     FRAME_BYTES, Fault, FaultInError, Gfn, GuestMmu, Memslot, Notifier, PageSize, Patience, Pfn, PfnRange,
     Policy, PrimaryMmu, RetryPoint, SlotId, Snapshot,
 };
+use afterimage_testing::skip;
 use afterimage_uffd::{
     Backing, FaultReport, Features, Mapping, OpenOptions, Populate, ServeOptions, UffdError, UffdMmu, Workers,
 };
@@ -31,12 +32,6 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 pub(crate) const WATCH: Duration = Duration::from_millis(30);
 
 pub(crate) const BACKINGS: [Backing; 2] = [Backing::Shared, Backing::Anonymous];
-
-/// Says loudly that a test does not run here.
-pub(crate) fn skip(test: &str, lacks: impl std::fmt::Display) {
-    assert!(std::env::var_os("AFTERIMAGE_NO_SKIP").is_none(), "{test} cannot run: {lacks}");
-    let _ = writeln!(io::stderr(), "\n=== SKIP {test}: {lacks}\n");
-}
 
 /// What the source has in the first word of a frame; all other words are 0.
 pub(crate) fn stamp(frame: u64) -> u64 {
@@ -352,8 +347,11 @@ impl<T: Send + 'static> Touch<T> {
         let (sender, receiver) = channel();
         let mapping = Arc::clone(mapping);
         thread::spawn(move || {
+            let came_of_it = act(&mapping);
+            // What the test waits for is over with its memory: huge pages must not outlast the claim to them.
+            drop(mapping);
             // Nobody listens if the test has failed.
-            let _ = sender.send(act(&mapping));
+            let _ = sender.send(came_of_it);
         });
         Self(receiver)
     }

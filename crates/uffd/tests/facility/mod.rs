@@ -1,32 +1,25 @@
 //! What the tests need of the machine, and threads that touch guest memory.
 //!
-//! A test that lacks something skips through [`skip`], which writes past the test harness's capture; with
-//! `AFTERIMAGE_NO_SKIP` set it fails instead. Waiting is bounded by [`PATIENCE`], so that a thread that nobody wakes is
-//! a failure and not a hang.
+//! A test that lacks something skips. Waiting is bounded by [`PATIENCE`], so that a thread that nobody wakes is a
+//! failure and not a hang.
 
 #![expect(dead_code, reason = "each test binary uses a part of this")]
 
-use std::io::Write as _;
+use std::ops::Deref;
+use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::{Receiver, channel};
-use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
 use afterimage_mmu::{Hva, PageSize};
+use afterimage_testing::{HugePages, skip};
 use afterimage_uffd::{
-    Access, Event, EventBuffer, FaultKind, Features, HugePages, Mapping, OpenOptions, Resolved, Tid, Uffd,
-    memfd,
+    Access, Event, EventBuffer, FaultKind, Features, Mapping, OpenOptions, Resolved, Tid, Uffd, memfd,
 };
 
 /// How long to wait for what must happen.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
-
-/// Says loudly that a test does not run here.
-pub(crate) fn skip(test: &str, lacks: impl std::fmt::Display) {
-    assert!(std::env::var_os("AFTERIMAGE_NO_SKIP").is_none(), "{test} cannot run: {lacks}");
-    let _ = writeln!(std::io::stderr(), "\n=== SKIP {test}: {lacks}\n");
-}
 
 /// A userfaultfd with these features.
 pub(crate) fn uffd(test: &str, features: Features) -> Option<Uffd> {
@@ -54,31 +47,39 @@ impl Kind {
         }
     }
 
-    /// Absent memory of this kind; skips where there are no huge pages to be had.
-    pub(crate) fn map(self, test: &str, pages: u64) -> Option<Arc<Mapping>> {
-        static POOL: Mutex<()> = Mutex::new(());
-        let _guard = POOL.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if self.page() == PageSize::Size2M {
-            raise_pool(pages);
-        }
+    /// Absent memory of this kind; skips where there are no huge pages to be had. Those are claimed: a test has one such
+    /// memory at a time.
+    pub(crate) fn map(self, name: &str, pages: u64) -> Option<Memory> {
+        let test = format!("{name} ({self:?})");
+        let claim = match self.page() {
+            PageSize::Size2M => Some(HugePages::claim(&test, pages)?),
+            _ => None,
+        };
         let bytes = pages * self.page().bytes();
         let mapping = match self {
             Self::Anonymous | Self::HugeAnonymous => Mapping::anonymous(bytes, self.page()),
             Self::Memfd | Self::HugeMemfd => {
-                memfd(test, bytes, self.page()).and_then(|file| Mapping::shared(&file, 0, bytes, self.page()))
+                memfd(name, bytes, self.page()).and_then(|file| Mapping::shared(&file, 0, bytes, self.page()))
             }
         };
-        mapping.map(Arc::new).inspect_err(|error| skip(&format!("{test} ({self:?})"), error)).ok()
+        let mapping = mapping.map(Arc::new).inspect_err(|error| skip(&test, error)).ok()?;
+        Some(Memory { mapping, claim })
     }
 }
 
-/// Tries to have `pages` huge pages to spare. Pages are left in the pool: another process may be using them by then.
-fn raise_pool(pages: u64) {
-    if let Some(pool) = HugePages::of(PageSize::Size2M)
-        && pool.available() < pages
-    {
-        // Failure shows when the mapping is made.
-        let _ = std::fs::write("/proc/sys/vm/nr_hugepages", (pool.total + 16.max(pages)).to_string());
+/// A mapping, and the claim to its huge pages.
+#[derive(Debug)]
+pub(crate) struct Memory {
+    // Dropped in this order.
+    pub(crate) mapping: Arc<Mapping>,
+    pub(crate) claim: Option<HugePages>,
+}
+
+impl Deref for Memory {
+    type Target = Arc<Mapping>;
+
+    fn deref(&self) -> &Arc<Mapping> {
+        &self.mapping
     }
 }
 

@@ -5,6 +5,7 @@
 
 use std::os::fd::{AsRawFd, OwnedFd};
 
+use afterimage_testing::skip;
 use afterimage_vm::{Guest, GuestKind, GuestSpec, Workload};
 use linux_raw_sys::general::{
     UFFDIO_REGISTER_MODE_MISSING, uffdio_api, uffdio_poison, uffdio_range, uffdio_register, uffdio_zeropage,
@@ -38,14 +39,14 @@ impl Absent {
         let uffd = match unsafe { userfaultfd(mode | UserfaultfdFlags::CLOEXEC) } {
             Ok(uffd) => uffd,
             Err(error) => {
-                eprintln!("SKIP: no userfaultfd for a {kind} guest: {error}");
+                skip("absent pages", format!("no userfaultfd for a {kind} guest: {error}"));
                 return None;
             }
         };
         let absent = Self { plain: Plain::new(1 << 20), uffd };
         let mut api = uffdio_api { api: UFFD_API, features, ioctls: 0 };
         if let Err(error) = absent.ioctl(UFFDIO_API, &mut api) {
-            eprintln!("SKIP: userfaultfd lacks features {features:#x}: {error}");
+            skip("absent pages", format!("userfaultfd lacks features {features:#x}: {error}"));
             return None;
         }
         let range = uffdio_range { start: absent.plain.host(), len: absent.plain.bytes as u64 };

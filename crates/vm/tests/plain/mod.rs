@@ -9,6 +9,7 @@ use core::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use afterimage_mmu::{Gfn, GfnRange, PageSize};
+use afterimage_testing::skip;
 use afterimage_vm::{Guest, GuestKind, GuestMemory, GuestReport, GuestSpec, KvmProbe, WORD_OFFSETS, probe};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 
@@ -32,9 +33,10 @@ impl Plain {
         Self::map(bytes, MapFlags::PRIVATE).expect("anonymous memory")
     }
 
-    /// On 2 MiB pages; `None` where there are none.
-    pub(crate) fn huge(bytes: usize) -> Option<Self> {
-        Self::map(bytes, MapFlags::PRIVATE | MapFlags::HUGETLB).ok()
+    /// On 2 MiB pages, which the test has claimed.
+    pub(crate) fn huge(bytes: usize) -> Self {
+        let flags = MapFlags::PRIVATE | MapFlags::HUGETLB | MapFlags::HUGE_2MB;
+        Self::map(bytes, flags).expect("huge pages")
     }
 
     /// A memory object that stays when the mapping is taken away.
@@ -116,7 +118,7 @@ pub(crate) fn kinds() -> Vec<GuestKind> {
     match probe() {
         KvmProbe::Usable(_) => vec![GuestKind::Thread, GuestKind::Kvm],
         other => {
-            eprintln!("SKIP: no KVM guests are tested: {other:?}");
+            skip("guests on KVM", format!("{other:?}"));
             vec![GuestKind::Thread]
         }
     }
