@@ -110,4 +110,27 @@ pub(crate) mod model {
             0
         }
     }
+
+    /// The same, with waiters that only look again: nobody is woken, and no fence is there for it.
+    #[derive(Clone, Copy, Debug, Default)]
+    pub(crate) struct LoomSpin;
+
+    impl Platform for LoomSpin {
+        const SPINS: u32 = 0;
+        const PARKS: bool = false;
+
+        fn wait(_word: &ParkWord, _expected: u32) {
+            loom::thread::yield_now();
+        }
+
+        fn wake_all(_word: &ParkWord) {}
+
+        fn relax() {
+            loom::thread::yield_now();
+        }
+
+        fn now_ns() -> u64 {
+            0
+        }
+    }
 }

@@ -7,7 +7,7 @@ use loom::thread;
 use super::{RACE, STUCK, fails_without, holds};
 use crate::addr::{FRAME_BYTES, Gfn, GfnRange, Hva, HvaRange, Pfn};
 use crate::fault::FaultOutcome;
-use crate::guest_mmu::{GuestMmu, Policy, Precheck, YieldPolicy};
+use crate::guest_mmu::{GuestMmu, Policy, Precheck, WitnessKind, YieldPolicy};
 use crate::host::{
     Access, Blocking, Fault, FaultInError, Mapped, PageRef, PageUse, Patience, PrimaryMmu, SecondaryMmu, Zap,
 };
@@ -90,7 +90,15 @@ struct Machine {
 
 impl Machine {
     fn new(precheck: Precheck) -> Arc<Self> {
-        let policy = Policy { precheck, yielding: YieldPolicy::Never, ..Policy::default() };
+        Self::with(Policy { precheck, ..Policy::default() })
+    }
+
+    fn with_intents() -> Arc<Self> {
+        Self::with(Policy { precheck: Precheck::empty(), witness: WitnessKind::Intent, ..Policy::default() })
+    }
+
+    fn with(policy: Policy) -> Arc<Self> {
+        let policy = Policy { yielding: YieldPolicy::Never, ..policy };
         let mmu = GuestMmu::new(OneEntry(AtomicU64::new(0)), policy);
         let slot = Memslot::new(SlotId(0), FRAME, 1, Hva::new(FRAME_BYTES));
         mmu.create_slot(slot).expect("the first slot");
@@ -121,7 +129,14 @@ impl Machine {
 }
 
 fn a_fault_against_an_invalidation() {
-    let machine = Machine::new(Precheck::empty());
+    a_fault_and_an_invalidation(Machine::new(Precheck::empty()));
+}
+
+fn an_intent_against_an_invalidation() {
+    a_fault_and_an_invalidation(Machine::with_intents());
+}
+
+fn a_fault_and_an_invalidation(machine: Arc<Machine>) {
     let other = Arc::clone(&machine);
     let vcpu = thread::spawn(move || other.fault());
     machine.replace(2);
@@ -153,7 +168,14 @@ fn an_invalidation_against_a_deletion() {
 }
 
 fn a_fault_against_a_release() {
-    let machine = Machine::new(Precheck::empty());
+    a_fault_and_a_release(Machine::new(Precheck::empty()));
+}
+
+fn an_intent_against_a_release() {
+    a_fault_and_a_release(Machine::with_intents());
+}
+
+fn a_fault_and_a_release(machine: Arc<Machine>) {
     let other = Arc::clone(&machine);
     let vcpu = thread::spawn(move || other.fault());
     machine.mmu.release();
@@ -210,6 +232,12 @@ fn loom_no_stale_entry_survives_in_the_engine() {
 }
 
 #[test]
+fn loom_no_stale_entry_survives_in_the_engine_without_the_lock() {
+    holds("handle_fault with an intent, invalidate", 3, an_intent_against_an_invalidation);
+    holds("handle_fault with an intent, release", 3, an_intent_against_a_release);
+}
+
+#[test]
 fn loom_nobody_sleeps_through_an_end() {
     holds("wait, end", 4, a_waiter_against_an_end);
     holds("two waits, end", 3, two_waiters_against_an_end);
@@ -227,6 +255,9 @@ fn loom_each_rule_of_the_engine_is_needed() {
     fails_without(Mutation::VerifyAlwaysFresh, &["stale: "], 2, a_fault_against_an_invalidation);
     fails_without(Mutation::SnapshotAfterFaultIn, &["stale: "], 2, a_fault_against_an_invalidation);
     fails_without(Mutation::InstallAfterRelease, &["stale: "], 2, a_fault_against_a_release);
+    fails_without(Mutation::BeginWithoutDrain, &["stale: "], 2, an_intent_against_an_invalidation);
+    fails_without(Mutation::BeginWithoutDrain, &["stale: "], 2, an_intent_against_a_release);
+    fails_without(Mutation::InstallAfterRelease, &["stale: "], 2, an_intent_against_a_release);
     fails_without(Mutation::SwapWithoutReaders, RACE, 3, a_fault_against_a_deletion);
     fails_without(Mutation::SwapWithoutDrain, RACE, 3, an_invalidation_against_a_deletion);
     fails_without(Mutation::UpdateWithoutInvalidPhase, &["stale: "], 2, a_fault_against_a_deletion);

@@ -12,7 +12,8 @@ use crate::intent::{Barrier, Intent, Walker};
 use crate::invalidation::SequenceScope;
 use crate::mmu_lock::MmuLock;
 use crate::mutation::Mutation;
-use crate::platform::model::Loom;
+use crate::platform::Platform;
+use crate::platform::model::{Loom, LoomSpin};
 use crate::vcpu::{VcpuShared, VcpuWords};
 
 const FRAME: GfnRange = GfnRange::frame(Gfn::new(4));
@@ -22,14 +23,14 @@ const BLOCK: GfnRange = GfnRange::new(Gfn::new(4), Gfn::new(6));
 const ELSEWHERE: GfnRange = GfnRange::frame(Gfn::new(6));
 
 /// Frames that are taken away one by one and shown as one block, and who shows them.
-struct Block {
-    lock: MmuLock<Loom>,
-    words: VcpuWords<Loom>,
+struct Block<P: Platform> {
+    lock: MmuLock<P>,
+    words: VcpuWords<P>,
     page: AtomicU64,
     entry: AtomicU64,
 }
 
-impl Block {
+impl<P: Platform> Block<P> {
     fn new(scope: SequenceScope) -> Arc<Self> {
         Arc::new(Self {
             lock: MmuLock::with_scope(scope),
@@ -44,7 +45,7 @@ impl Block {
         let invalidations = self.lock.invalidations();
         let since = invalidations.snapshot_of(block);
         let page = self.page.load(Ordering::Relaxed);
-        let intent = Intent::<Loom>::announce(&vcpu.intent, invalidations, self.words.barriers(), block);
+        let intent = Intent::<P>::announce(&vcpu.intent, invalidations, self.words.barriers(), block);
         if invalidations.verify(&intent, since, block).is_ok() {
             self.entry.store(page, Ordering::Relaxed);
         }
@@ -83,7 +84,7 @@ impl Block {
     }
 }
 
-fn one_fault(scope: SequenceScope, range: GfnRange, act: impl FnOnce(&Block)) {
+fn one_fault(scope: SequenceScope, range: GfnRange, act: impl FnOnce(&Block<Loom>)) {
     let block = Block::new(scope);
     let vcpu = block.words.register();
     let other = Arc::clone(&block);
@@ -123,7 +124,8 @@ fn a_fault_against_two_ranges_in_turn() {
 
 /// The same vCPU faults again: its second announcement is not taken for its first.
 fn two_faults_against_an_invalidation() {
-    let block = Block::new(SequenceScope::Global);
+    // Nobody parks: the fence that parking takes would stand for the ordering of the second announcement.
+    let block = Block::<LoomSpin>::new(SequenceScope::Global);
     let vcpu = block.words.register();
     let other = Arc::clone(&block);
     let faulting = thread::spawn(move || {
@@ -136,7 +138,7 @@ fn two_faults_against_an_invalidation() {
 }
 
 fn two_vcpus_against_an_invalidation() {
-    let block = Block::new(SequenceScope::Global);
+    let block = Block::<Loom>::new(SequenceScope::Global);
     let vcpus = [(); 2].map(|()| {
         let (vcpu, other) = (block.words.register(), Arc::clone(&block));
         thread::spawn(move || other.fault(&vcpu, FRAME))
@@ -150,7 +152,7 @@ fn two_vcpus_against_an_invalidation() {
 
 /// Two invalidators at once, one of them of the frame.
 fn a_fault_against_two_invalidators() {
-    let block = Block::new(SequenceScope::Region);
+    let block = Block::<Loom>::new(SequenceScope::Region);
     let vcpu = block.words.register();
     let (other, neighbour) = (Arc::clone(&block), Arc::clone(&block));
     let faulting = thread::spawn(move || other.fault(&vcpu, FRAME));
@@ -163,13 +165,13 @@ fn a_fault_against_two_invalidators() {
 }
 
 /// Two tables, of which one is linked, and freed when it no longer is.
-struct Links {
-    words: VcpuWords<Loom>,
+struct Links<P: Platform> {
+    words: VcpuWords<P>,
     linked: AtomicUsize,
     tables: [UnsafeCell<()>; 2],
 }
 
-impl Links {
+impl<P: Platform> Links<P> {
     fn new() -> Arc<Self> {
         Arc::new(Self {
             words: VcpuWords::new(Barrier::Symmetric),
@@ -178,7 +180,7 @@ impl Links {
         })
     }
 
-    fn walk(&self, walker: &mut Walker<'_, Loom>) {
+    fn walk(&self, walker: &mut Walker<'_, P>) {
         let section = walker.walk();
         self.tables[self.linked.load(Ordering::Acquire)].with(|_| ());
         drop(section);
@@ -191,8 +193,8 @@ impl Links {
     }
 }
 
-fn walks_against_a_free(walks: usize) {
-    let links = Links::new();
+fn walks_against_a_free<P: Platform>(walks: usize) {
+    let links = Links::<P>::new();
     let (vcpu, other) = (links.words.register(), Arc::clone(&links));
     let walking = thread::spawn(move || {
         let machine = MmuLock::<Loom>::new().invalidations().machine();
@@ -206,16 +208,17 @@ fn walks_against_a_free(walks: usize) {
 }
 
 fn a_walk_against_a_free() {
-    walks_against_a_free(1);
+    walks_against_a_free::<Loom>(1);
 }
 
 fn two_walks_against_a_free() {
-    walks_against_a_free(2);
+    // As for two faults in turn.
+    walks_against_a_free::<LoomSpin>(2);
 }
 
 /// Aging has no vCPU: visitors' words are looked at, too.
 fn a_visit_against_a_free() {
-    let links = Links::new();
+    let links = Links::<Loom>::new();
     let other = Arc::clone(&links);
     let walking = thread::spawn(move || {
         let machine = MmuLock::<Loom>::new().invalidations().machine();
