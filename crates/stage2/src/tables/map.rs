@@ -6,6 +6,7 @@ use super::reach::Place;
 use super::{MapError, Tables};
 use crate::format::{Entry, Format, Leaf};
 use crate::memory::{TableCache, TableMemory};
+use crate::sync::{AtomicU64, Ordering};
 
 impl<F: Format, M: TableMemory> Tables<F, M> {
     /// Maps the block of `leaf.size` around `gfn` to `leaf`.
@@ -15,15 +16,38 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
     /// The caller has topped up `cache`, and knows that `leaf` is current.
     #[inline]
     pub fn map(&self, gfn: Gfn, leaf: Leaf, cache: &mut TableCache<M>) -> Result<Mapped, MapError> {
+        // Nearly always the tables are there and the entry says nothing. Then the exchange is the look, too.
+        if let Ok(raw) = F::encode_leaf(leaf)
+            && let Some(entry) = self.linked_entry(gfn, leaf.size.level())
+            && entry.compare_exchange(F::ABSENT, raw, Ordering::AcqRel, Ordering::Acquire).is_ok()
+        {
+            return Ok(Mapped::Fixed);
+        }
+        self.map_into(gfn, leaf, cache)
+    }
+
+    /// The entry of `gfn` at `target`, if every table above it is linked.
+    #[inline]
+    fn linked_entry(&self, gfn: Gfn, target: Level) -> Option<&AtomicU64> {
+        if !self.reach().contains(gfn) {
+            return None;
+        }
+        let mut table = self.root_table();
+        while table.level() > target {
+            table = table.child(table.entry(gfn).load(Ordering::Acquire))?;
+        }
+        (table.level() == target).then(|| table.entry(gfn))
+    }
+
+    /// Links what is missing, and looks at what is there.
+    #[cold]
+    fn map_into(&self, gfn: Gfn, leaf: Leaf, cache: &mut TableCache<M>) -> Result<Mapped, MapError> {
         let mut wanted = leaf;
         loop {
             let raw = F::encode_leaf(wanted)?;
             let Some(place) = self.descend(gfn, wanted.size.level(), cache)? else {
                 return Ok(Mapped::LostRace);
             };
-            if place.raw == F::ABSENT {
-                return Ok(place.exchange(raw));
-            }
             match place.said() {
                 Entry::Absent | Entry::Mmio(_) => return Ok(place.exchange(raw)),
                 Entry::Frozen => return Ok(Mapped::LostRace),

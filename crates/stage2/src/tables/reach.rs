@@ -41,18 +41,28 @@ impl<'t, F: Format, M: TableMemory> TableRef<'t, F, M> {
         self.level
     }
 
+    /// The entry of `gfn`.
+    #[inline]
+    pub(super) fn entry(self, gfn: Gfn) -> &'t AtomicU64 {
+        let index = (gfn.as_u64() / self.level.frames()) as usize & (self.entries.len() - 1);
+        // SAFETY: a root's and a child's length is a power of two, so the index lies below it.
+        unsafe { self.entries.get_unchecked(index) }
+    }
+
+    /// The table that `raw` links, a word that was read from an entry of this one.
+    #[inline]
+    pub(super) fn child(self, raw: u64) -> Option<Self> {
+        let child = F::child(raw, self.level)?;
+        let level = Level::new(self.level.number() - 1)?;
+        Some(Self::new(self.tables, child, ENTRIES, level))
+    }
+
     /// Reads the entry of `gfn`.
     #[inline]
     pub(crate) fn look(self, gfn: Gfn) -> Place<'t, F, M> {
-        let index = gfn.as_u64() / self.level.frames();
-        // Both a root's and a child's length is a power of two.
-        let entry = &self.entries[index as usize & (self.entries.len() - 1)];
+        let entry = self.entry(gfn);
         let raw = entry.load(Ordering::Acquire);
-        let child = match (F::child(raw, self.level), Level::new(self.level.number() - 1)) {
-            (Some(child), Some(level)) => Some(Self::new(self.tables, child, ENTRIES, level)),
-            _ => None,
-        };
-        Place { entry, raw, level: self.level, child }
+        Place { entry, raw, level: self.level, child: self.child(raw) }
     }
 
     /// The frames that the table translates around `gfn`.
