@@ -15,7 +15,7 @@ use crate::latency::Latency;
 use crate::report::{Counters, GuestReport, VcpuEnd, VcpuFailure, VcpuReport, WrongPage};
 use crate::signals;
 use crate::spec::{GuestMemory, GuestSpec};
-use crate::start;
+use crate::start::{self, Started};
 use crate::system::SystemMemory;
 use crate::windows::Windows;
 
@@ -37,7 +37,7 @@ pub struct Guest {
 /// Access to a guest from any thread, for as long as one likes.
 #[derive(Clone, Debug)]
 pub struct GuestHandle {
-    state: Arc<State>,
+    pub(crate) state: Arc<State>,
 }
 
 /// What the vCPU threads and the handles share.
@@ -69,6 +69,11 @@ impl State {
             ends: Mutex::new(vec![None; vcpus]),
             ended: Condvar::new(),
         }
+    }
+
+    /// That of a guest of 4 KiB pages on KVM.
+    pub(crate) fn of_kvm(system: Arc<SystemMemory>, memory: GuestMemory, vm: KvmVm, khz: u64) -> Self {
+        Self::new(system, memory, Some(vm), khz)
     }
 
     fn ends(&self) -> MutexGuard<'_, Vec<Option<VcpuEnd>>> {
@@ -112,9 +117,12 @@ impl Guest {
     /// [`VmError::Spec`] if the specification cannot be run, [`VmError::NoKvm`] without `/dev/kvm`, others if the
     /// system refuses something. Nothing runs then.
     pub fn start(spec: GuestSpec, initial: impl FnMut(Gfn) -> [u64; 3]) -> Result<Self, VmError> {
-        let (state, threads, started) = start::start(spec, initial)?;
+        start::start(spec, initial).and_then(Self::of)
+    }
+
+    /// The guest that was started. Where a thread is missing, this stops the others.
+    pub(crate) fn of((state, threads, started): Started) -> Result<Self, VmError> {
         let guest = Self { handle: GuestHandle { state }, threads };
-        // Where a thread is missing, dropping the guest stops the others.
         started.map(|()| guest)
     }
 

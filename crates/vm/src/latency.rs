@@ -39,6 +39,22 @@ impl Latency {
         all
     }
 
+    /// The `count` slowest accesses of both together: those that faulted, where `count` of them did and a fault takes
+    /// longer than any other access.
+    #[must_use]
+    pub fn slowest(&self, count: u64) -> Self {
+        let mut slowest = self.clone();
+        let mut left = count;
+        for bucket in (0..BUCKETS).rev() {
+            for counts in [&mut slowest.inside.counts, &mut slowest.outside.counts] {
+                let kept = counts[bucket].min(left);
+                counts[bucket] = kept;
+                left -= kept;
+            }
+        }
+        slowest
+    }
+
     /// What came since `earlier`, a snapshot of the same guest.
     pub fn since(&self, earlier: &Self) -> Self {
         Self { outside: self.outside.since(&earlier.outside), inside: self.inside.since(&earlier.inside) }
@@ -175,6 +191,15 @@ mod tests {
         assert_eq!(histogram.p999(), histogram.quantile(1.0));
         assert_eq!(histogram.max(), Duration::from_nanos(70));
         assert_eq!(of(&[], 0).p99(), Duration::ZERO);
+    }
+
+    #[test]
+    fn the_slowest_are_taken_from_both_sides() {
+        let latency = Latency { inside: of(&[(10, 3), (64, 2)], 70), outside: of(&[(10, 100), (32, 4)], 33) };
+        let slowest = latency.slowest(5);
+        assert_eq!((slowest.inside.count(), slowest.outside.count()), (2, 3));
+        assert_eq!(slowest.outside.p50(), Duration::from_nanos(33));
+        assert_eq!(latency.slowest(1000).all().count(), 109);
     }
 
     #[test]

@@ -11,6 +11,7 @@
 //! | [`VcpuBlock`], parameters | before the start only | private state (`rng`, countdowns, `version`, …) |
 //! | [`VcpuBlock`], `stop` | once, to end the program | never |
 //! | [`VcpuBlock`], progress and records | never | always |
+//! | [`TouchState`] | what it is to do | how far it is |
 //! | [`Mailbox`] | `acknowledged` | the rest |
 //! | [`WindowTable`] | always | never |
 //! | [`Histogram`] | never | always |
@@ -119,6 +120,8 @@ pub(crate) struct VcpuBlock {
     pub(crate) progress: Progress,
     // Written by the signal handlers, on the vCPU's own thread.
     pub(crate) signal: SignalState,
+    // What a touching guest does.
+    pub(crate) touch: TouchState,
     pub(crate) records: [Record; RECORDS],
 }
 
@@ -152,6 +155,28 @@ pub(crate) struct SignalState {
     /// SIGBUS: the host address; kick: the program's frame register.
     pub(crate) address: AtomicU64,
     pub(crate) code: AtomicU64,
+}
+
+/// What a touching program does, and how far it is; see [`crate::touch`]. `first`, `sweep_first` and `sweep_end` are
+/// numbers of frames.
+///
+/// The host writes a sweep's frames and then `sweep_asked`, and `released` at any time; the guest writes `index`,
+/// `rounds` and `sweep_done`; all else is written before the start.
+#[repr(C, align(64))]
+pub(crate) struct TouchState {
+    pub(crate) first: AtomicU64,
+    pub(crate) stride: AtomicU64,
+    pub(crate) count: AtomicU64,
+    /// 0 reads, 1 writes.
+    pub(crate) writes: AtomicU64,
+    pub(crate) index: AtomicU64,
+    pub(crate) rounds: AtomicU64,
+    pub(crate) released: AtomicU64,
+    pub(crate) sweep_first: AtomicU64,
+    pub(crate) sweep_end: AtomicU64,
+    pub(crate) sweep_stride: AtomicU64,
+    pub(crate) sweep_asked: AtomicU64,
+    pub(crate) sweep_done: AtomicU64,
 }
 
 /// Values of [`Progress::ended`].

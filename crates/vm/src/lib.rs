@@ -46,18 +46,21 @@ mod spec;
 mod start;
 mod system;
 mod thread;
+mod touch;
 mod tsc;
 mod windows;
 
 pub use dirty::DirtyFrames;
 pub use error::VmError;
 pub use guest::{Guest, GuestHandle, KICK_GRACE, STOP_GRACE};
+pub use kvm::stats::{KvmCounters, KvmCounts};
 pub use latency::{Latency, LatencyHistogram};
 pub use probe::{KvmFacts, KvmKind, KvmProbe, probe};
 pub use report::{Counters, GuestReport, VcpuEnd, VcpuFailure, VcpuReport, WrongKind, WrongPage};
 pub use spec::{
     DirtyLog, Discards, GuestKind, GuestMemory, GuestSpec, Locality, MAX_MEMORY_BYTES, MAX_VCPUS, Workload,
 };
+pub use touch::{Pace, TouchAccess, TouchGuest, Walk};
 pub use windows::{Window, Windows};
 
 /// Byte offsets in a frame of the three words that the guest checks.

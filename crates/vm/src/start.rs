@@ -157,12 +157,13 @@ fn mix(seed: u64) -> u64 {
 pub(crate) type Started = (Arc<State>, Vec<JoinHandle<()>>, Result<(), VmError>);
 
 /// What runs one vCPU.
-enum Vcpu {
+pub(crate) enum Vcpu {
     Kvm(KvmVcpu),
     Thread(Arc<Code>),
 }
 
-fn spawn(state: Arc<State>, vcpus: impl Iterator<Item = Vcpu>) -> Started {
+/// Starts a thread for each vCPU.
+pub(crate) fn spawn(state: Arc<State>, vcpus: impl Iterator<Item = Vcpu>) -> Started {
     let mut threads: Vec<JoinHandle<()>> = Vec::new();
     for (index, vcpu) in vcpus.enumerate() {
         let shared = Arc::clone(&state);

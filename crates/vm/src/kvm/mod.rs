@@ -2,6 +2,7 @@
 #![expect(unsafe_code)]
 // UNSAFETY: gives host memory to KVM.
 
+pub(crate) mod stats;
 pub(crate) mod tables;
 mod vcpu;
 

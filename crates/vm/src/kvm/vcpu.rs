@@ -81,6 +81,11 @@ impl KvmVcpu {
         self.fd.get_tsc_khz().ok().filter(|&khz| khz > 0).map(u64::from)
     }
 
+    /// Its descriptor.
+    pub(super) const fn fd(&self) -> &VcpuFd {
+        &self.fd
+    }
+
     /// Runs the program on the calling thread until it ends or cannot go on. Calls `exit` whenever `KVM_RUN`
     /// returns. `memory`: the managed memory's host addresses.
     pub(crate) fn run(

@@ -140,7 +140,7 @@ impl Emitter {
     }
 
     /// Calls `record` for an access that read the first word only. ESI: the kind, RCX: expected, R9: found.
-    fn record_first_only(&mut self) -> Emitted {
+    pub(super) fn record_first_only(&mut self) -> Emitted {
         self.a.mov(r8, r9)?;
         self.a.xor(r10, r10)?;
         self.a.xor(r11, r11)?;
@@ -149,7 +149,7 @@ impl Emitter {
 
     /// Function: counts a wrong page and writes it down if there is room. ESI: the kind, RCX: expected, R8: found,
     /// R9 to R11: the words. Changes RAX, RDX, RSI.
-    fn record(&mut self) -> Emitted {
+    pub(super) fn record(&mut self) -> Emitted {
         let mut record = self.record;
         let mut full = self.a.create_label();
         let a = &mut self.a;

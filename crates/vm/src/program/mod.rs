@@ -32,6 +32,7 @@ mod access;
 mod check;
 mod discard;
 mod pick;
+pub(crate) mod touch;
 
 use iced_x86::BlockEncoderOptions;
 use iced_x86::code_asm::{
@@ -100,20 +101,8 @@ type Emitted = Result<(), IcedError>;
 impl Program {
     /// Assembles the program for `host`.
     pub(crate) fn assemble(host: Host) -> Result<Self, IcedError> {
-        let mut a = CodeAssembler::new(64)?;
-        let mut exit = a.create_label();
-        let mut e = Emitter {
-            next: a.create_label(),
-            pick: a.create_label(),
-            own: a.create_label(),
-            discarding: a.create_label(),
-            cross: a.create_label(),
-            done: a.create_label(),
-            timed_load: a.create_label(),
-            timed_store: a.create_label(),
-            record: a.create_label(),
-            a,
-        };
+        let mut e = Emitter::new(CodeAssembler::new(64)?);
+        let mut exit = e.a.create_label();
         e.entry()?;
         e.main_loop(exit)?;
         e.discard()?;
@@ -134,6 +123,21 @@ impl Program {
 const SAVED: [AsmRegister64; 6] = [rbx, rbp, r12, r13, r14, r15];
 
 impl Emitter {
+    fn new(mut a: CodeAssembler) -> Self {
+        Self {
+            next: a.create_label(),
+            pick: a.create_label(),
+            own: a.create_label(),
+            discarding: a.create_label(),
+            cross: a.create_label(),
+            done: a.create_label(),
+            timed_load: a.create_label(),
+            timed_store: a.create_label(),
+            record: a.create_label(),
+            a,
+        }
+    }
+
     /// Saves what the System V ABI asks a function to keep, and loads the fixed registers.
     fn entry(&mut self) -> Emitted {
         let a = &mut self.a;
