@@ -167,8 +167,12 @@ pub(crate) struct TouchState {
     pub(crate) first: AtomicU64,
     pub(crate) stride: AtomicU64,
     pub(crate) count: AtomicU64,
-    /// 0 reads, 1 writes.
+    /// 0: one after the other, else by chance.
+    pub(crate) random: AtomicU64,
+    /// 0 reads, else writes.
     pub(crate) writes: AtomicU64,
+    /// What of the tag is written.
+    pub(crate) mask: AtomicU64,
     pub(crate) index: AtomicU64,
     pub(crate) rounds: AtomicU64,
     pub(crate) released: AtomicU64,

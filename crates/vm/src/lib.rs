@@ -60,7 +60,7 @@ pub use report::{Counters, GuestReport, VcpuEnd, VcpuFailure, VcpuReport, WrongK
 pub use spec::{
     DirtyLog, Discards, GuestKind, GuestMemory, GuestSpec, Locality, MAX_MEMORY_BYTES, MAX_VCPUS, Workload,
 };
-pub use touch::{Pace, TouchAccess, TouchGuest, Walk};
+pub use touch::{Pace, TouchAccess, TouchGuest, TouchOrder, Walk};
 pub use windows::{Window, Windows};
 
 /// Byte offsets in a frame of the three words that the guest checks.

@@ -18,6 +18,7 @@ use crate::error::VmError;
 use crate::guest::{Guest, GuestHandle, State};
 use crate::kvm::stats::KvmCounters;
 use crate::kvm::{KvmVm, tables};
+use crate::latency::Latency;
 use crate::program::Program;
 use crate::program::touch::TAG;
 use crate::report::GuestReport;
@@ -34,6 +35,17 @@ pub enum TouchAccess {
     Read,
     /// It stores the tag there.
     Write,
+    /// It stores zero there: all frames stay alike, for who merges those that are.
+    Clear,
+}
+
+/// Which frame of a walk comes next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum TouchOrder {
+    /// The next one; behind the last the first.
+    InTurn,
+    /// Any. A round is as many accesses as the walk has frames.
+    Random,
 }
 
 /// Whether a vCPU begins its next round by itself.
@@ -54,6 +66,8 @@ pub struct Walk {
     pub stride: u64,
     /// How many; at least one.
     pub count: u64,
+    /// Which one comes next.
+    pub order: TouchOrder,
     /// What happens to each.
     pub access: TouchAccess,
     /// Whether it begins again by itself.
@@ -61,10 +75,10 @@ pub struct Walk {
 }
 
 impl Walk {
-    /// Frames of `range`, each `stride`-th from the first on.
+    /// Reads frames of `range`, each `stride`-th from the first on, in turn.
     pub const fn over(range: GfnRange, stride: u64, pace: Pace) -> Self {
         let count = (range.end.as_u64() - range.start.as_u64()).div_ceil(stride);
-        Self { first: range.start, stride, count, access: TouchAccess::Read, pace }
+        Self { first: range.start, stride, count, order: TouchOrder::InTurn, access: TouchAccess::Read, pace }
     }
 
     fn check(&self, frames: u64) -> Result<(), VmError> {
@@ -127,7 +141,15 @@ impl TouchGuest {
         &self.counters
     }
 
-    /// Rounds that `vcpu` has finished. Panics, as the methods below, if there is no such vCPU.
+    /// One vCPU's latencies so far. Panics, as the methods below, if there is no such vCPU.
+    pub fn vcpu_latency(&self, vcpu: usize) -> Latency {
+        let mut latency = Latency::new(self.state.khz);
+        latency.outside.add_live(self.state.system.histogram(vcpu, false));
+        latency.inside.add_live(self.state.system.histogram(vcpu, true));
+        latency
+    }
+
+    /// Rounds that `vcpu` has finished.
     pub fn rounds(&self, vcpu: usize) -> u64 {
         self.state.system.block(vcpu).touch.rounds.load(Acquire)
     }
@@ -192,7 +214,11 @@ fn fill_block(system: &SystemMemory, vcpu: usize, walk: &Walk) {
     touch.first.store(walk.first.as_u64(), Relaxed);
     touch.stride.store(walk.stride, Relaxed);
     touch.count.store(walk.count, Relaxed);
-    touch.writes.store(u64::from(walk.access == TouchAccess::Write), Relaxed);
+    touch.random.store(u64::from(walk.order == TouchOrder::Random), Relaxed);
+    touch.writes.store(u64::from(walk.access != TouchAccess::Read), Relaxed);
+    touch.mask.store(if walk.access == TouchAccess::Clear { 0 } else { u64::MAX }, Relaxed);
+    // Never 0: the generator would stay there.
+    block.rng.store((vcpu as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1, Relaxed);
     let released = match walk.pace {
         Pace::Endless => u64::MAX,
         Pace::OnRelease => 0,

@@ -6,7 +6,7 @@ use core::sync::atomic::Ordering::Relaxed;
 
 use afterimage_mmu::{Gfn, GfnRange};
 use afterimage_testing::skip;
-use afterimage_vm::{Pace, TouchAccess, TouchGuest, VmError, Walk, WrongKind, probe};
+use afterimage_vm::{Pace, TouchAccess, TouchGuest, TouchOrder, VmError, Walk, WrongKind, probe};
 use plain::{Plain, until};
 
 const FRAMES: u64 = 1024;
@@ -94,6 +94,26 @@ fn what_a_vcpu_writes_is_the_tag() {
     let counters = guest.stop().expect("it sees the stop flag").counters();
     assert_eq!((counters.writes, counters.wrong), (walk.count, 0));
     assert_eq!(memory.word(Gfn::new(5), 0).load(Relaxed), TouchGuest::tag(Gfn::new(5)));
+}
+
+#[test]
+fn by_chance_most_frames_are_touched_in_two_rounds() {
+    let Some(memory) = memory("by_chance_most_frames_are_touched_in_two_rounds") else { return };
+    let walk = Walk {
+        order: TouchOrder::Random,
+        access: TouchAccess::Clear,
+        ..Walk::over(all(), 1, Pace::OnRelease)
+    };
+    let guest = TouchGuest::start(memory.memory(), &[walk]).expect("a guest");
+    for round in 1..=2 {
+        guest.release(0);
+        until("a round", || guest.rounds(0) == round);
+    }
+    assert_eq!(guest.vcpu_latency(0).all().count(), 2 * FRAMES);
+    assert_eq!(guest.stop().expect("it sees the stop flag").counters().wrong, 0);
+    let cleared = (0..FRAMES).filter(|&gfn| memory.word(Gfn::new(gfn), 0).load(Relaxed) == 0).count() as u64;
+    // 1 - e^-2 of them, if chance is fair.
+    assert!((FRAMES * 3 / 4..FRAMES).contains(&cleared), "{cleared}");
 }
 
 #[test]

@@ -39,8 +39,10 @@ pub struct KvmCounts {
 #[derive(Debug)]
 struct StatsFile {
     file: File,
-    /// Names, and offsets in the file. Histograms (values in plenty) are left out.
-    names: Vec<(Box<str>, u64)>,
+    /// Names, and offsets behind `data`. Histograms (values in plenty) are left out.
+    names: Vec<(Box<str>, usize)>,
+    /// Where the values begin, and how many bytes they take.
+    data: (u64, usize),
 }
 
 impl KvmCounters {
@@ -102,46 +104,43 @@ impl StatsFile {
         }
         // SAFETY: a new descriptor, which nobody else has.
         let file = unsafe { File::from_raw_fd(fd) };
-        let names = names(&file).map_err(VmError::system("read the names of KVM's counters"))?;
-        Ok(Self { file, names })
+        Self::of(file).map_err(VmError::system("read the names of KVM's counters"))
     }
 
     fn add_to(&self, counts: &mut KvmCounts) -> io::Result<()> {
+        let mut values = vec![0; self.data.1];
+        self.file.read_exact_at(&mut values, self.data.0)?;
         for (name, offset) in &self.names {
-            let mut value = [0; 8];
-            self.file.read_exact_at(&mut value, *offset)?;
-            counts.add(name, u64::from_ne_bytes(value));
+            counts.add(name, u64::from_ne_bytes(core::array::from_fn(|byte| values[offset + byte])));
         }
         Ok(())
     }
+
+    fn of(file: File) -> io::Result<Self> {
+        let mut header = [0; size_of::<kvm_stats_header>()];
+        file.read_exact_at(&mut header, 0)?;
+        let header = |offset: usize| word(&header, offset);
+        let fixed = offset_of!(kvm_stats_desc, name);
+        let each = fixed + header(offset_of!(kvm_stats_header, name_size));
+        let mut descriptors = vec![0; each * header(offset_of!(kvm_stats_header, num_desc))];
+        file.read_exact_at(&mut descriptors, header(offset_of!(kvm_stats_header, desc_offset)) as u64)?;
+        let mut end = 0;
+        let mut names = Vec::new();
+        for descriptor in descriptors.chunks_exact(each) {
+            let size_at = offset_of!(kvm_stats_desc, size);
+            if u16::from_ne_bytes([descriptor[size_at], descriptor[size_at + 1]]) == 1 {
+                let name = descriptor[fixed..].split(|&byte| byte == 0).next().unwrap_or_default();
+                let offset = word(descriptor, offset_of!(kvm_stats_desc, offset));
+                end = end.max(offset + size_of::<u64>());
+                names.push((String::from_utf8_lossy(name).into(), offset));
+            }
+        }
+        Ok(Self { file, names, data: (header(offset_of!(kvm_stats_header, data_offset)) as u64, end) })
+    }
 }
 
-/// Names and places of all counters with one value.
-fn names(file: &File) -> io::Result<Vec<(Box<str>, u64)>> {
-    let mut header = [0; size_of::<kvm_stats_header>()];
-    file.read_exact_at(&mut header, 0)?;
-    let header = |offset: usize| u64::from(word(&header, offset));
-    let name_bytes = header(offset_of!(kvm_stats_header, name_size)) as usize;
-    let (first, data) = (
-        header(offset_of!(kvm_stats_header, desc_offset)),
-        header(offset_of!(kvm_stats_header, data_offset)),
-    );
-    let fixed = offset_of!(kvm_stats_desc, name);
-    let mut descriptors =
-        vec![0; (fixed + name_bytes) * header(offset_of!(kvm_stats_header, num_desc)) as usize];
-    file.read_exact_at(&mut descriptors, first)?;
-    let names = descriptors.chunks_exact(fixed + name_bytes).filter_map(|descriptor| {
-        let size_at = offset_of!(kvm_stats_desc, size);
-        let values = u16::from_ne_bytes([descriptor[size_at], descriptor[size_at + 1]]);
-        let name = descriptor[fixed..].split(|&byte| byte == 0).next().unwrap_or_default();
-        let offset = data + u64::from(word(descriptor, offset_of!(kvm_stats_desc, offset)));
-        (values == 1).then(|| (String::from_utf8_lossy(name).into(), offset))
-    });
-    Ok(names.collect())
-}
-
-fn word(bytes: &[u8], offset: usize) -> u32 {
-    u32::from_ne_bytes(core::array::from_fn(|byte| bytes[offset + byte]))
+fn word(bytes: &[u8], offset: usize) -> usize {
+    u32::from_ne_bytes(core::array::from_fn(|byte| bytes[offset + byte])) as usize
 }
 
 #[cfg(test)]

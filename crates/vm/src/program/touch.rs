@@ -60,7 +60,8 @@ impl Emitter {
 
     /// One access: waits for its round's release, touches, checks, counts.
     fn step(&mut self) -> Emitted {
-        let [mut released, mut store, mut wrong, mut done] = core::array::from_fn(|_| self.a.create_label());
+        let [mut released, mut in_turn, mut there, mut store, mut wrong, mut done] =
+            core::array::from_fn(|_| self.a.create_label());
         let (next, timed_load, timed_store) = (self.next, self.timed_load, self.timed_store);
         let a = &mut self.a;
         a.mov(rax, block!(touch.rounds))?;
@@ -69,7 +70,15 @@ impl Emitter {
         a.pause()?;
         a.jmp(next)?;
         a.set_label(&mut released)?;
+        a.cmp(block!(touch.random), 0)?;
+        a.je(in_turn)?;
+        self.random_below(block!(touch.count))?;
+        let a = &mut self.a;
+        a.mov(r12, rax)?;
+        a.jmp(there)?;
+        a.set_label(&mut in_turn)?;
         a.mov(r12, block!(touch.index))?;
+        a.set_label(&mut there)?;
         a.imul_2(r12, block!(touch.stride))?;
         a.add(r12, block!(touch.first))?;
         a.mov(rbx, r12)?;
@@ -90,6 +99,7 @@ impl Emitter {
         // The tag: the frame below, something above, so that frame 0's is not 0.
         a.mov(r9, TAG)?;
         a.or(r9, r12)?;
+        a.and(r9, block!(touch.mask))?;
         a.call(timed_store)?;
         a.inc(block!(progress.writes))?;
         a.jmp(done)?;
