@@ -2,6 +2,7 @@
 
 mod host;
 mod run;
+mod storm;
 mod units;
 
 use std::process::ExitCode;
@@ -25,6 +26,8 @@ struct Cli {
 enum Command {
     /// Run a guest that verifies its memory while that is restored lazily, evicted and discarded
     Run(Box<run::RunArgs>),
+    /// Provoke KVM's invalidation storms, and measure what each policy makes of them
+    Storm(Box<storm::StormArgs>),
     /// Show what this host offers, and how to turn on what is missing
     Host(host::HostArgs),
 }
@@ -32,6 +35,7 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Run(args) => run::run(*args),
+        Command::Storm(args) => storm::run(*args),
         Command::Host(args) => host::run(args),
     };
     result.unwrap_or_else(|error| {

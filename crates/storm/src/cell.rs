@@ -73,6 +73,15 @@ pub struct Cell {
     pub min: Measured,
     /// Each number's greatest.
     pub max: Measured,
+    /// What went wrong besides wrong pages, in sentences.
+    pub failures: Vec<String>,
+}
+
+impl Cell {
+    /// Whether nothing was wrong.
+    pub fn is_good(&self) -> bool {
+        self.max.wrong_pages == 0 && self.failures.is_empty()
+    }
 }
 
 /// Makes one of several runs' numbers.
@@ -248,6 +257,14 @@ impl Latency {
     }
 }
 
+impl Times {
+    /// What a histogram of nanoseconds comes to; `None` if it is empty.
+    pub fn of(histogram: &Histogram<u64>) -> Option<Self> {
+        (!histogram.is_empty())
+            .then(|| Self { median: histogram.value_at_quantile(0.5), max: histogram.max() })
+    }
+}
+
 impl Retries {
     /// What the engine counted.
     pub fn of(stats: &FaultStats) -> Self {
@@ -340,7 +357,9 @@ mod tests {
             median: run(3, None, None),
             min: run(3, None, None),
             max: run(3, None, None),
+            failures: Vec::new(),
         };
+        assert!(cell.is_good());
         let json = serde_json::to_value(&cell).expect("it has no maps with odd keys");
         assert_eq!(json["scenario"], "E-inside");
         assert_eq!(json["engine"], "Linux 6.1");

@@ -5,7 +5,19 @@
 //!   a simulation, or by watching a real kernel.
 
 mod cell;
+mod guest;
+mod invalidator;
+mod matrix;
+mod platform;
 mod policy;
+mod ram;
+mod recording;
+mod scenario;
+mod storm;
+mod windows;
 
 pub use cell::{Cell, Engine, Latencies, Latency, Load, LockWait, Measured, Retries, Times};
+pub use matrix::{Matrix, Outcome};
 pub use policy::{AfterRetry, Policies, Precheck, Scenario, Sequence, UnknownChoice, Witness, Yielding};
+pub use recording::{Event, Recording, What};
+pub use storm::{MAX_MEMORY, MAX_VCPUS, Run, Storm, StormError};

@@ -3,7 +3,7 @@
 use core::fmt;
 use core::str::FromStr;
 
-use afterimage_mmu::{Policy, Precheck as Checks, SequenceScope, YieldPolicy};
+use afterimage_mmu::{Barrier, Policy, Precheck as Checks, SequenceScope, WitnessKind, YieldPolicy};
 use serde::{Serialize, Serializer};
 
 /// A word that is none of the choices.
@@ -166,14 +166,17 @@ impl Policies {
         after_retry: AfterRetry::Refault,
     };
 
-    /// What this project makes of it.
-    pub const OURS: Self = Self {
+    /// What this project makes of it with the lock.
+    pub const OURS_LOCKED: Self = Self {
         precheck: Precheck::Both,
         yielding: Yielding::Never,
         sequence: Sequence::Region,
         witness: Witness::Lock,
         after_retry: AfterRetry::Park,
     };
+
+    /// What this project makes of it.
+    pub const OURS: Self = Self { witness: Witness::Intent, ..Self::OURS_LOCKED };
 
     /// What a reader knows these policies by, if they have a name.
     pub fn name(&self) -> Option<&'static str> {
@@ -183,6 +186,7 @@ impl Policies {
             (resched(Self::BEFORE), "before, voluntary"),
             (Self::LINUX, "Linux since 6.9"),
             (resched(Self::LINUX), "Linux, voluntary"),
+            (Self::OURS_LOCKED, "ours, locked"),
             (Self::OURS, "ours"),
         ]
         .into_iter()
@@ -190,7 +194,6 @@ impl Policies {
     }
 
     /// As the engine takes them. What becomes of a retried fault is its caller's business.
-    #[expect(clippy::needless_update, reason = "the engine's policies grow")]
     pub fn engine(&self) -> Policy {
         Policy {
             precheck: match self.precheck {
@@ -208,7 +211,12 @@ impl Policies {
                 Sequence::Global => SequenceScope::Global,
                 Sequence::Region => SequenceScope::Region,
             },
-            ..Policy::default()
+            witness: match self.witness {
+                Witness::Lock => WitnessKind::Lock,
+                Witness::Intent => WitnessKind::Intent,
+            },
+            // Invalidations are many in a storm, and a barrier on every CPU is dear for each.
+            barrier: Barrier::Symmetric,
         }
     }
 }

@@ -1,0 +1,139 @@
+//! The options of `storm`, and the cells that they come to.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use afterimage_storm::{
+    AfterRetry, Load, Matrix, Policies, Precheck, Scenario, Sequence, Storm, Witness, Yielding,
+};
+use anyhow::{Result, ensure};
+use clap::Args;
+
+use crate::units;
+
+/// The policies that tell the story where none are asked for: before the change, after it, and with what this project
+/// adds.
+const STORY: [Policies; 6] = [
+    Policies::BEFORE,
+    Policies { yielding: Yielding::Resched, ..Policies::BEFORE },
+    Policies::LINUX,
+    Policies { yielding: Yielding::Resched, ..Policies::LINUX },
+    Policies::OURS_LOCKED,
+    Policies::OURS,
+];
+
+/// What can be asked of `storm`.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct StormArgs {
+    /// What blows: A, B, C, D, E, E-inside, separated by commas [default: all]
+    #[arg(long, value_delimiter = ',', hide_default_value = true)]
+    scenario: Vec<Scenario>,
+    /// Where a fault looks, without the lock, whether it is doomed: off, before, after, both
+    #[arg(long, value_delimiter = ',')]
+    precheck: Vec<Precheck>,
+    /// When a zap gives the lock up: contention (a preemptible kernel), resched (one that is not), never
+    #[arg(long = "yield", value_delimiter = ',')]
+    yielding: Vec<Yielding>,
+    /// Whose end makes a fault under way retry: global (any), region
+    #[arg(long, value_delimiter = ',')]
+    sequence: Vec<Sequence>,
+    /// What keeps a verdict true until the install is done: lock, intent
+    #[arg(long, value_delimiter = ',')]
+    witness: Vec<Witness>,
+    /// What becomes of a retried fault: refault, park
+    #[arg(long, value_delimiter = ',')]
+    after_retry: Vec<AfterRetry>,
+    /// Threads that touch memory [default: 1 or 2, by scenario]
+    #[arg(long)]
+    vcpus: Option<usize>,
+    /// Threads that take it away [default: 1 or 2, by scenario]
+    #[arg(long)]
+    threads: Option<usize>,
+    /// Guest memory [default: 64M to 1G, by scenario]
+    #[arg(long, value_parser = units::bytes)]
+    memory: Option<u64>,
+    /// How long each run blows: 500ms, 10s
+    #[arg(long, default_value = "500ms", value_parser = units::duration)]
+    duration: Duration,
+    /// Runs of each cell: medians are shown, with the least and the greatest
+    #[arg(long, default_value_t = 3)]
+    repeat: usize,
+    /// Run everything in an order of chance
+    #[arg(long)]
+    shuffle: bool,
+    /// What all choices come from
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Leave out the cells without faults and without invalidations, which the others are compared with
+    #[arg(long)]
+    no_baseline: bool,
+    /// Write the cells as JSON; "-" for standard output, and the table to standard error then
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+/// What the options come to.
+#[derive(Debug)]
+pub(crate) struct StormPlan {
+    pub(crate) matrix: Matrix,
+    pub(crate) json: Option<PathBuf>,
+}
+
+impl StormArgs {
+    /// Everything that can be refused before anything starts is refused here.
+    pub(crate) fn plan(self) -> Result<StormPlan> {
+        ensure!(self.repeat > 0, "--repeat 0 would measure nothing: ask for 1 or more");
+        let scenarios = if self.scenario.is_empty() { Scenario::ALL } else { &self.scenario };
+        let policies = self.policies();
+        let mut storms = Vec::new();
+        for &scenario in scenarios {
+            let storm = Storm {
+                scenario,
+                load: Load::Storm,
+                policies: Policies::LINUX,
+                vcpus: self.vcpus.unwrap_or(scenario.default_vcpus()),
+                threads: self.threads.unwrap_or(scenario.default_threads()),
+                memory: self.memory.unwrap_or(scenario.default_memory()),
+                seed: self.seed,
+                duration: self.duration,
+            };
+            storm.check()?;
+            if !self.no_baseline {
+                storms.extend([Load::Uncontended, Load::Quiet].map(|load| Storm { load, ..storm }));
+            }
+            storms.extend(policies.iter().map(|&policies| Storm { policies, ..storm }));
+        }
+        let matrix = Matrix { storms, repeat: self.repeat, shuffle: self.shuffle, seed: self.seed };
+        Ok(StormPlan { matrix, json: self.json })
+    }
+
+    /// Every combination of what was asked for, and as in Linux where nothing was; the story if nothing was at all.
+    fn policies(&self) -> Vec<Policies> {
+        let Self { precheck, yielding, sequence, witness, after_retry, .. } = self;
+        if precheck.is_empty()
+            && yielding.is_empty()
+            && sequence.is_empty()
+            && witness.is_empty()
+            && after_retry.is_empty()
+        {
+            return STORY.to_vec();
+        }
+        fn or<T: Copy>(asked: &[T], linux: T) -> Vec<T> {
+            if asked.is_empty() { vec![linux] } else { asked.to_vec() }
+        }
+        let linux = Policies::LINUX;
+        let mut all = Vec::new();
+        for after_retry in or(after_retry, linux.after_retry) {
+            for witness in or(witness, linux.witness) {
+                for sequence in or(sequence, linux.sequence) {
+                    for yielding in or(yielding, linux.yielding) {
+                        for precheck in or(precheck, linux.precheck) {
+                            all.push(Policies { precheck, yielding, sequence, witness, after_retry });
+                        }
+                    }
+                }
+            }
+        }
+        all
+    }
+}

@@ -1,0 +1,158 @@
+//! Cells as a table for people: a block for each scenario, a column for each cell, a row for each number.
+
+use std::fmt::{self, Display};
+use std::time::Duration;
+
+use afterimage_storm::{Cell, Latency, Load, Measured, Scenario};
+
+use crate::units::{show_bytes, show_count, show_duration};
+
+/// Width of the rows' names.
+const NAMES: usize = 24;
+/// Width of a column.
+const COLUMN: usize = 18;
+/// Columns beside each other.
+const COLUMNS: usize = 6;
+
+/// Cells, whoever measured them.
+#[derive(Debug)]
+pub(crate) struct Table<'c>(pub(crate) &'c [Cell]);
+
+/// A row: its name, and what it says of a cell's numbers.
+type Row = (&'static str, fn(&Measured) -> Option<String>);
+
+const ROWS: &[Row] = &[
+    ("flushes/invalidation", |m| m.flushes_per_invalidation.map(ratio)),
+    ("yields/invalidation", |m| m.yields_per_invalidation.map(ratio)),
+    ("invalidations", |m| Some(show_count(m.invalidations))),
+    ("  median", |m| m.invalidation_ns.as_ref().map(|times| ns(times.median))),
+    ("  longest", |m| m.invalidation_ns.as_ref().map(|times| ns(times.max))),
+    ("faults", |m| Some(show_count(m.faults))),
+    ("retries/fault", |m| m.retries_per_fault.map(ratio)),
+    ("  before fault-in", |m| {
+        m.retries.as_ref().map(|retries| share(retries.before_fault_in, retries.all()))
+    }),
+    ("  after fault-in", |m| m.retries.as_ref().map(|retries| share(retries.after_fault_in, retries.all()))),
+    ("  under the lock", |m| m.retries.as_ref().map(|retries| share(retries.under_lock, retries.all()))),
+    ("  lost race", |m| m.retries.as_ref().map(|retries| share(retries.lost_race, retries.all()))),
+    ("  most of one fault", |m| m.most_retries.map(show_count)),
+    ("ends seen by a fault", |m| m.most_ends.map(show_count)),
+    ("wasted fault-ins", |m| m.wasted_fault_ins.map(show_count)),
+    ("doomed lock takings", |m| m.doomed_lock_acquisitions.map(show_count)),
+    ("doomed CPU time", |m| m.doomed_cpu_ns.map(ns)),
+    ("lock wait of faults", |m| m.lock_wait_ns.as_ref().map(|wait| ns(wait.faults))),
+    ("  of invalidations", |m| m.lock_wait_ns.as_ref().map(|wait| ns(wait.invalidations))),
+    ("fault inside     p50", |m| inside(m, |latency| latency.p50)),
+    ("                 p99", |m| inside(m, |latency| latency.p99)),
+    ("               p99.9", |m| inside(m, |latency| latency.p999)),
+    ("                 max", |m| inside(m, |latency| latency.max)),
+    ("fault outside    p50", |m| outside(m, |latency| latency.p50)),
+    ("                 p99", |m| outside(m, |latency| latency.p99)),
+    ("               p99.9", |m| outside(m, |latency| latency.p999)),
+    ("                 max", |m| outside(m, |latency| latency.max)),
+    ("accesses/s", |m| m.accesses.map(|count| show_count(per_second(count, m.elapsed_ns)))),
+    ("WRONG PAGES", |m| Some(show_count(m.wrong_pages))),
+];
+
+fn ratio(ratio: f64) -> String {
+    match ratio {
+        ratio if ratio >= 1000.0 => show_count(ratio.round() as u64),
+        ratio if ratio >= 10.0 => format!("{ratio:.1}"),
+        0.0 => "0".to_owned(),
+        ratio if ratio < 0.01 => format!("{ratio:.1e}"),
+        ratio => format!("{ratio:.2}"),
+    }
+}
+
+fn share(part: u64, whole: u64) -> String {
+    match whole {
+        0 => "0".to_owned(),
+        _ => format!("{:.1} %", part as f64 * 100.0 / whole as f64),
+    }
+}
+
+fn ns(ns: u64) -> String {
+    show_duration(Duration::from_nanos(ns))
+}
+
+fn inside(measured: &Measured, value: fn(&Latency) -> u64) -> Option<String> {
+    measured.latency_ns.inside.as_ref().map(|latency| ns(value(latency)))
+}
+
+fn outside(measured: &Measured, value: fn(&Latency) -> u64) -> Option<String> {
+    measured.latency_ns.outside.as_ref().map(|latency| ns(value(latency)))
+}
+
+fn per_second(count: u64, ns: u64) -> u64 {
+    (count as f64 * 1e9 / ns.max(1) as f64) as u64
+}
+
+/// The lines over a cell's column: who measured, and what was chosen.
+fn head(cell: &Cell) -> [String; 6] {
+    let engine = cell.engine.to_string();
+    match (cell.load, &cell.policies) {
+        (Load::Uncontended, _) => {
+            [engine, "uncontended:".into(), "no faults".into(), "".into(), "".into(), "".into()]
+        }
+        (Load::Quiet, _) => {
+            [engine, "quiet:".into(), "no invalidations".into(), "".into(), "".into(), "".into()]
+        }
+        (Load::Storm, None) => [engine, "as it is".into(), "".into(), "".into(), "".into(), "".into()],
+        (Load::Storm, Some(policies)) => [
+            policies.name().map_or(engine, str::to_owned),
+            format!("precheck {}", policies.precheck),
+            format!("yield {}", policies.yielding),
+            format!("sequence {}", policies.sequence),
+            format!("witness {}", policies.witness),
+            policies.after_retry.to_string(),
+        ],
+    }
+}
+
+impl Display for Table<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for &scenario in Scenario::ALL {
+            let cells: Vec<&Cell> = self.0.iter().filter(|cell| cell.scenario == scenario).collect();
+            for block in cells.chunks(COLUMNS) {
+                write_block(f, scenario, block)?;
+            }
+        }
+        for cell in self.0 {
+            for failure in &cell.failures {
+                writeln!(f, "FAILED: {} {}: {failure}", cell.scenario, cell.engine)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn write_block(f: &mut fmt::Formatter<'_>, scenario: Scenario, cells: &[&Cell]) -> fmt::Result {
+    let first = cells[0];
+    writeln!(f, "{scenario}: {}", scenario.sentence())?;
+    writeln!(
+        f,
+        "{:NAMES$}{} of memory, {} vCPUs, {} invalidating; medians of {} runs",
+        "",
+        show_bytes(first.memory_bytes),
+        first.vcpus,
+        first.threads,
+        first.runs
+    )?;
+    let heads: Vec<_> = cells.iter().map(|cell| head(cell)).collect();
+    for line in 0..heads[0].len() {
+        write_line(f, "", heads.iter().map(|head| head[line].clone()))?;
+    }
+    for (name, value) in ROWS {
+        let values: Vec<_> = cells.iter().map(|cell| value(&cell.median)).collect();
+        // What nobody here can know needs no row.
+        if values.iter().any(Option::is_some) {
+            write_line(f, name, values.into_iter().map(|value| value.unwrap_or_else(|| "–".to_owned())))?;
+        }
+    }
+    writeln!(f)
+}
+
+fn write_line(f: &mut fmt::Formatter<'_>, name: &str, values: impl Iterator<Item = String>) -> fmt::Result {
+    let line = values.fold(format!("{name:NAMES$}"), |line, value| line + &format!("{value:>COLUMN$}"));
+    writeln!(f, "{}", line.trim_end())
+}

@@ -1,0 +1,295 @@
+//! A vCPU of a storm: touches memory through the tables and a TLB, faults, retries, and answers flush requests.
+//!
+//! ```text
+//! enter ── requests? ──► flush the TLB, again
+//!   │
+//!   ├─ touch until kicked, or until an access faults ── leave ── handle the fault ─┐
+//!   │      ▲                                                                       │
+//!   └──────┴──────────── the same access again, however the fault ended ◄──────────┘
+//! ```
+//!
+//! A fault lasts from the access that met no translation to the same access done, with all its retries, as a guest sees
+//! it. Every access looks whether the frame that it reached is its page's.
+
+use core::sync::atomic::{AtomicBool, Ordering};
+
+use afterimage_mmu::{
+    Access, Fault, FaultOutcome, Gfn, GfnRange, GuestMmu, Pfn, Platform, Requests, Retry, RetryPoint,
+    SpaceId, Vcpu,
+};
+use afterimage_stage2::{HeapMemory, Host, Npt4, Stage2, Tables, Translation};
+
+use crate::platform::{Threads, cpu_ns, start_of_slice};
+use crate::policy::AfterRetry;
+use crate::ram::{Ram, StampedPage};
+use crate::recording::{Event, Recording, What};
+use crate::scenario::Touch;
+use crate::windows::{Since, Windows};
+
+/// Accesses between two looks at whether the storm is over.
+const BATCH: u32 = 1024;
+/// Entries of the TLB.
+const TLB: usize = 256;
+/// One fault in so many has its CPU time taken; the reading costs as much as a fault.
+const SAMPLED: u64 = 128;
+/// Threads that may invalidate.
+pub(crate) const MAX_THREADS: usize = 8;
+
+/// What the tables of a storm stand on.
+#[derive(Debug)]
+pub(crate) struct StormHost<'r>(core::marker::PhantomData<&'r Ram>);
+
+impl StormHost<'_> {
+    pub(crate) fn new() -> Self {
+        Self(core::marker::PhantomData)
+    }
+}
+
+impl<'r> Host for StormHost<'r> {
+    type Memory = HeapMemory;
+    type Platform = Threads;
+    type Page = StampedPage<'r>;
+}
+
+/// The tables of a storm. The format makes no difference to it.
+pub(crate) type StormTables<'r> = Stage2<Npt4, StormHost<'r>>;
+pub(crate) type StormMmu<'r> = GuestMmu<StormTables<'r>>;
+
+/// Numbers from a seed (xorshift64*).
+#[derive(Clone, Debug)]
+pub(crate) struct Choices(u64);
+
+impl Choices {
+    pub(crate) fn new(seed: u64, stream: u64) -> Self {
+        Self((seed ^ stream.wrapping_mul(0x9e37_79b9_7f4a_7c15)).wrapping_mul(0xbf58_476d_1ce4_e5b9) | 1)
+    }
+
+    #[inline]
+    pub(crate) fn below(&mut self, bound: u64) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        ((u128::from(self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)) * u128::from(bound)) >> 64) as u64
+    }
+}
+
+/// What all threads of a storm share.
+pub(crate) struct Shared<'m, 'r> {
+    pub(crate) mmu: &'m StormMmu<'r>,
+    pub(crate) ram: &'r Ram,
+    pub(crate) windows: &'m [Windows],
+    pub(crate) after_retry: AfterRetry,
+    pub(crate) started_ns: u64,
+}
+
+/// What one vCPU found.
+#[derive(Debug, Default)]
+pub(crate) struct Seen {
+    pub(crate) accesses: u64,
+    pub(crate) faults: u64,
+    pub(crate) wrong: u64,
+    pub(crate) retries: [u64; RetryPoint::COUNT],
+    pub(crate) most_retries: u64,
+    pub(crate) most_ends: u64,
+    pub(crate) doomed_cpu_ns: u64,
+    pub(crate) failure: Option<String>,
+    pub(crate) recording: Recording,
+}
+
+/// An access that has faulted and is not done.
+#[derive(Clone, Copy, Debug)]
+struct Pending {
+    gfn: Gfn,
+    started_ns: u64,
+    since: [Since; MAX_THREADS],
+    retries: u64,
+}
+
+pub(crate) struct Guest<'m, 'r> {
+    shared: &'m Shared<'m, 'r>,
+    number: usize,
+    vcpu: Vcpu<'m, StormTables<'r>>,
+    tables: &'m Tables<Npt4, HeapMemory>,
+    tlb: Box<[Option<(Gfn, Pfn)>; TLB]>,
+    touch: Touch,
+    at: u64,
+    choices: Choices,
+    pending: Option<Pending>,
+    sample_ns: u64,
+    seen: Seen,
+}
+
+impl<'m, 'r> Guest<'m, 'r> {
+    pub(crate) fn new(shared: &'m Shared<'m, 'r>, number: usize, touch: Touch, seed: u64) -> Self {
+        Self {
+            shared,
+            number,
+            vcpu: shared.mmu.vcpu(),
+            tables: shared.mmu.secondary().tables(SpaceId(0)).expect("there is one address space"),
+            tlb: Box::new([None; TLB]),
+            touch,
+            at: 0,
+            choices: Choices::new(seed, number as u64 + 1),
+            pending: None,
+            sample_ns: (0..64).map(|_| cpu_ns()).map(|before| cpu_ns() - before).min().unwrap_or(0),
+            seen: Seen::default(),
+        }
+    }
+
+    /// Runs until the storm is over and nothing is pending, or something fails, or `abandoned`: then what is pending is
+    /// left.
+    pub(crate) fn run(mut self, over: &AtomicBool, abandoned: &AtomicBool) -> Seen {
+        start_of_slice();
+        while (self.pending.is_some() || !over.load(Ordering::Relaxed))
+            && !abandoned.load(Ordering::Relaxed)
+            && self.seen.failure.is_none()
+        {
+            if let Err(requests) = self.vcpu.enter_guest() {
+                self.serve(requests);
+                continue;
+            }
+            let faulted = self.touch();
+            let requests = self.vcpu.leave_guest();
+            self.serve(requests);
+            if let Some(gfn) = faulted {
+                self.fault(gfn);
+            }
+        }
+        self.seen
+    }
+
+    fn serve(&mut self, requests: Requests) {
+        if requests.contains(Requests::FLUSH_TLB) {
+            self.tlb.fill(None);
+        }
+    }
+
+    /// In the guest: accesses, until one faults.
+    fn touch(&mut self) -> Option<Gfn> {
+        for _ in 0..BATCH {
+            if self.vcpu.is_kicked() {
+                return None;
+            }
+            let gfn = match &self.pending {
+                Some(pending) => pending.gfn,
+                None => self.next(),
+            };
+            if !self.access(gfn) {
+                self.pending.get_or_insert_with(|| Pending {
+                    gfn,
+                    started_ns: Threads::now_ns(),
+                    since: core::array::from_fn(|thread| {
+                        self.shared.windows.get(thread).map_or(Since::default(), Windows::since)
+                    }),
+                    retries: 0,
+                });
+                return Some(gfn);
+            }
+            self.seen.accesses += 1;
+            if let Some(pending) = self.pending.take() {
+                self.served(pending);
+            }
+            if let Touch::Fresh(_) = self.touch {
+                // Its own frames, whose pages stay where they are: nobody else has the translation to forget.
+                self.tlb[tlb_index(gfn)] = None;
+                self.tables.zap(GfnRange::frame(gfn));
+            }
+        }
+        None
+    }
+
+    #[inline]
+    fn next(&mut self) -> Gfn {
+        match self.touch {
+            Touch::Any(gfns) => gfns.start + self.choices.below(gfns.len()),
+            Touch::Fresh(gfns) => {
+                self.at = (self.at + 1) % gfns.len();
+                gfns.start + self.at
+            }
+        }
+    }
+
+    /// One access: through the TLB, or the tables. Whether there is a translation.
+    #[inline]
+    fn access(&mut self, gfn: Gfn) -> bool {
+        let entry = &mut self.tlb[tlb_index(gfn)];
+        let pfn = match entry {
+            Some((cached, pfn)) if *cached == gfn => *pfn,
+            _ => match self.tables.translate(gfn, Access::WRITE) {
+                Translation::Frame(pfn) => {
+                    *entry = Some((gfn, pfn));
+                    pfn
+                }
+                Translation::Fault(_) => return false,
+            },
+        };
+        if !self.shared.ram.holds(pfn, gfn) {
+            self.seen.wrong += 1;
+        }
+        true
+    }
+
+    /// Outside: one turn of the fault path.
+    fn fault(&mut self, gfn: Gfn) {
+        let sampled = self.choices.below(SAMPLED) == 0;
+        let before = if sampled { cpu_ns() } else { 0 };
+        let outcome = self.vcpu.handle_fault(&self.shared.ram, &Fault::new(gfn, Access::WRITE));
+        match outcome {
+            Ok(FaultOutcome::Fixed | FaultOutcome::FixedFast | FaultOutcome::Spurious) => {}
+            Ok(FaultOutcome::Retry(Retry { point, range })) => {
+                if sampled {
+                    let spent = (cpu_ns() - before).saturating_sub(self.sample_ns);
+                    self.seen.doomed_cpu_ns += spent * SAMPLED;
+                }
+                self.seen.retries[point as usize] += 1;
+                if let Some(pending) = &mut self.pending {
+                    pending.retries += 1;
+                }
+                if self.shared.after_retry == AfterRetry::Park {
+                    self.shared.mmu.wait(range);
+                }
+            }
+            Ok(outcome @ (FaultOutcome::Emulate(_) | FaultOutcome::WriteProtected)) => {
+                self.seen.failure =
+                    Some(format!("guest frame {gfn} is ordinary memory, and its fault ended as {outcome:?}"));
+                self.pending = None;
+            }
+            Err(error) => {
+                self.seen.failure = Some(error.to_string());
+                self.pending = None;
+            }
+        }
+    }
+
+    /// The access that had faulted is done.
+    fn served(&mut self, pending: Pending) {
+        let Pending { gfn, started_ns, since, retries } = pending;
+        let now = Threads::now_ns();
+        let seen = &mut self.seen;
+        let (mut inside, mut ends) = (false, 0);
+        for (windows, since) in self.shared.windows.iter().zip(since) {
+            let met = windows.met(since, gfn);
+            inside |= met.inside;
+            ends += met.ends;
+        }
+        seen.faults += 1;
+        seen.most_retries = seen.most_retries.max(retries);
+        seen.most_ends = seen.most_ends.max(ends);
+        let histogram = if inside { &mut seen.recording.inside } else { &mut seen.recording.outside };
+        Recording::sample(histogram, now - started_ns);
+        let from = self.shared.started_ns;
+        seen.recording.keep(|| Event {
+            thread: self.number,
+            what: What::Fault { retries, inside },
+            gfn: gfn.as_u64(),
+            frames: 1,
+            start_ns: started_ns.saturating_sub(from),
+            end_ns: now.saturating_sub(from),
+        });
+    }
+}
+
+#[inline]
+fn tlb_index(gfn: Gfn) -> usize {
+    gfn.as_u64() as usize % TLB
+}

@@ -1,0 +1,125 @@
+//! What a storm's threads run on: Linux, with a scheduler that says when it wants the CPU back.
+//!
+//! User space cannot see the kernel's wish to reschedule. So a storm with more threads than CPUs has a thread that ticks, and
+//! between two ticks each thread is asked to give way once: a timer interrupt that finds somebody else runnable. Waiting
+//! for `mmu_lock` is a spin, as in KVM, and a sleep only after longer than any holder has it that runs. A kernel's holder is
+//! not preempted; one here can be, so in such a storm whoever spins lets others run now and then.
+
+use core::cell::{Cell, RefCell};
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use core::time::Duration;
+use std::thread;
+
+use afterimage_mmu::{ParkWord, Platform};
+use afterimage_uffd::Linux;
+use rustix::time::{ClockId, clock_gettime};
+
+/// How far apart ticks are: a kernel with 250 a second.
+const TICK: Duration = Duration::from_millis(4);
+
+/// Ticks so far.
+static TICKS: AtomicU64 = AtomicU64::new(0);
+
+/// Whether there are more threads than CPUs.
+static CROWDED: AtomicBool = AtomicBool::new(false);
+/// Turns of a spin between two in which others may run, where it is crowded.
+const TURNS: u32 = 32;
+
+thread_local! {
+    /// Turns that this thread has spun.
+    static SPUN: Cell<u32> = const { Cell::new(0) };
+    /// The tick that this thread has given way to last.
+    static SERVED: Cell<u64> = const { Cell::new(0) };
+    /// When this thread gave way, where that is asked for.
+    static GAVE_WAY: RefCell<Option<Vec<u64>>> = const { RefCell::new(None) };
+}
+
+/// Times of giving way that are kept at most for one invalidation.
+const KEPT: usize = 4096;
+
+/// The platform of a storm.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Threads;
+
+impl Platform for Threads {
+    /// Some hundred microseconds.
+    const SPINS: u32 = 4096;
+
+    fn wait(word: &ParkWord, expected: u32) {
+        Linux::wait(word, expected);
+    }
+
+    fn wake_all(word: &ParkWord) {
+        Linux::wake_all(word);
+    }
+
+    fn relax() {
+        core::hint::spin_loop();
+        if CROWDED.load(Ordering::Relaxed) {
+            let spun = SPUN.get().wrapping_add(1);
+            SPUN.set(spun);
+            if spun.is_multiple_of(TURNS) {
+                rustix::thread::sched_yield();
+            }
+        }
+    }
+
+    #[inline]
+    fn resched_wanted() -> bool {
+        TICKS.load(Ordering::Relaxed) != SERVED.get()
+    }
+
+    fn reschedule() {
+        GAVE_WAY.with_borrow_mut(|times| {
+            if let Some(times) = times
+                && times.len() < KEPT
+            {
+                times.push(Linux::now_ns());
+            }
+        });
+        if Self::resched_wanted() {
+            SERVED.set(TICKS.load(Ordering::Relaxed));
+            rustix::thread::sched_yield();
+        } else {
+            Self::relax();
+        }
+    }
+
+    fn now_ns() -> u64 {
+        Linux::now_ns()
+    }
+}
+
+/// Says whether there are more threads than CPUs.
+pub(crate) fn set_crowded(crowded: bool) {
+    CROWDED.store(crowded, Ordering::Relaxed);
+}
+
+/// From here on this thread keeps the times at which it gives way.
+pub(crate) fn keep_times() {
+    GAVE_WAY.set(Some(Vec::new()));
+}
+
+/// The times since the last call, in nanoseconds of the monotonic clock; none unless they are kept.
+pub(crate) fn take_times() -> Vec<u64> {
+    GAVE_WAY.with_borrow_mut(|times| times.as_mut().map(core::mem::take).unwrap_or_default())
+}
+
+/// Forgets the ticks that this thread has not seen yet: it starts to run now.
+pub(crate) fn start_of_slice() {
+    SERVED.set(TICKS.load(Ordering::Relaxed));
+}
+
+/// Ticks until `over`.
+pub(crate) fn tick(over: &AtomicBool) {
+    while !over.load(Ordering::Relaxed) {
+        thread::sleep(TICK);
+        TICKS.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// CPU time of this thread, in nanoseconds.
+pub(crate) fn cpu_ns() -> u64 {
+    let now = clock_gettime(ClockId::ThreadCPUTime);
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}

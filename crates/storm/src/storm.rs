@@ -1,0 +1,270 @@
+//! A storm on real threads: one run.
+
+use core::sync::atomic::{AtomicBool, Ordering};
+use core::time::Duration;
+use std::sync::Barrier;
+use std::thread;
+
+use afterimage_mmu::{FRAME_BYTES, Gfn, GuestMmu, Memslot, PageSize, Platform, RetryPoint, SlotId};
+use afterimage_stage2::{HeapMemory, Stage2};
+use rustix::thread::{CpuSet, sched_setaffinity};
+
+use crate::cell::{Latencies, Latency, Load, LockWait, Measured, Retries, Times};
+use crate::guest::{Guest, MAX_THREADS, Seen, Shared, StormHost};
+use crate::invalidator::{Invalidator, Taken};
+use crate::platform::{Threads, set_crowded, tick};
+use crate::policy::{Policies, Scenario, Witness};
+use crate::ram::{BASE, Ram};
+use crate::recording::Recording;
+use crate::scenario::Plan;
+use crate::windows::Windows;
+
+/// How often a run looks whether it is to end early.
+const LOOK_EVERY: Duration = Duration::from_millis(10);
+/// How much longer an invalidation may take that had begun: then the vCPUs stop, so that it ends.
+const GRACE: Duration = Duration::from_secs(5);
+/// The most memory, in bytes: its stamps alone take 24 bytes a page.
+pub const MAX_MEMORY: u64 = 256 << 30;
+/// The most vCPUs on real threads.
+pub const MAX_VCPUS: usize = 256;
+
+/// One run.
+#[derive(Clone, Copy, Debug)]
+pub struct Storm {
+    /// What blows.
+    pub scenario: Scenario,
+    /// Which part of it.
+    pub load: Load,
+    /// What is chosen.
+    pub policies: Policies,
+    /// Threads that touch memory.
+    pub vcpus: usize,
+    /// Threads that invalidate.
+    pub threads: usize,
+    /// Bytes of memory.
+    pub memory: u64,
+    /// What the choices come from.
+    pub seed: u64,
+    /// How long it blows. What has begun then is brought to its end; an invalidation that the vCPUs hold up for longer
+    /// than 5 s more ends without them.
+    pub duration: Duration,
+}
+
+/// What a run came to.
+#[derive(Clone, Debug)]
+pub struct Run {
+    /// The numbers.
+    pub measured: Measured,
+    /// The rest.
+    pub recording: Recording,
+    /// What went wrong besides wrong pages, in sentences.
+    pub failures: Vec<String>,
+}
+
+/// Why a storm cannot blow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum StormError {
+    /// Too little or too much memory.
+    #[error("a storm {scenario} takes {} KiB to {} GiB of memory, not {bytes} bytes", .least >> 10, MAX_MEMORY >> 30)]
+    Memory {
+        /// What was to blow.
+        scenario: Scenario,
+        /// What was asked for.
+        bytes: u64,
+        /// The least.
+        least: u64,
+    },
+    /// Too few or too many vCPUs.
+    #[error("a storm takes 1 to {MAX_VCPUS} vCPUs on real threads, not {0}")]
+    Vcpus(usize),
+    /// Too few or too many threads.
+    #[error("a storm takes 1 to {MAX_THREADS} threads that invalidate, not {0}")]
+    Threads(usize),
+    /// No memory for the tables' roots.
+    #[error("there is no memory for the tables")]
+    NoMemory,
+}
+
+impl Storm {
+    /// Whether it can blow on real threads.
+    ///
+    /// # Errors
+    /// It cannot.
+    pub fn check(&self) -> Result<(), StormError> {
+        let Self { scenario, vcpus, threads, memory, .. } = *self;
+        let least = scenario.least_memory();
+        if !(least..=MAX_MEMORY).contains(&memory) {
+            return Err(StormError::Memory { scenario, bytes: memory, least });
+        }
+        if !(1..=MAX_VCPUS).contains(&vcpus) {
+            return Err(StormError::Vcpus(vcpus));
+        }
+        if !(1..=MAX_THREADS).contains(&threads) {
+            return Err(StormError::Threads(threads));
+        }
+        Ok(())
+    }
+
+    /// Lets it blow, for as long as it is to, or until `interrupted`.
+    ///
+    /// # Errors
+    /// It cannot start.
+    pub fn blow(&self, interrupted: &AtomicBool) -> Result<Run, StormError> {
+        self.check()?;
+        let Self { scenario, load, policies, vcpus, threads, memory, seed, duration } = *self;
+        let plan = Plan::new(scenario, load, vcpus, threads, memory / FRAME_BYTES);
+        let (ram, spares) = Ram::new(plan.frames, plan.takes.len());
+        let tables = Stage2::new(StormHost::new(), HeapMemory::default(), 1, PageSize::Size4K);
+        let mmu = GuestMmu::new(tables.ok_or(StormError::NoMemory)?, policies.engine());
+        mmu.create_slot(Memslot::new(SlotId(0), Gfn::new(0), plan.frames, BASE))
+            .expect("the slot is the first, not empty, and far from the end of all addresses");
+        let windows: Vec<_> = plan.takes.iter().map(|take| Windows::new(take.from)).collect();
+        let shared = Shared {
+            mmu: &mmu,
+            ram: &ram,
+            windows: &windows,
+            after_retry: policies.after_retry,
+            started_ns: Threads::now_ns(),
+        };
+
+        let count = plan.touches.len() + plan.takes.len();
+        let cpus = thread::available_parallelism().map_or(1, usize::from);
+        // With a CPU for each they stay apart; else the scheduler knows better.
+        let place = |thread: usize| {
+            if count <= cpus {
+                let mut set = CpuSet::new();
+                set.set(thread);
+                // Where the CPUs that may be used are numbered in another way it runs where it is put.
+                let _ = sched_setaffinity(None, &set);
+            }
+        };
+        set_crowded(count > cpus);
+        let start = Barrier::new(count + 1);
+        let [calm, over, abandoned, done] = [const { AtomicBool::new(false) }; 4];
+        let (seen, taken, elapsed_ns) = thread::scope(|scope| {
+            if count > cpus {
+                scope.spawn(|| tick(&done));
+            }
+            let guests: Vec<_> = plan
+                .touches
+                .iter()
+                .enumerate()
+                .map(|(number, touch)| {
+                    let (shared, start, over, abandoned) = (&shared, &start, &over, &abandoned);
+                    scope.spawn(move || {
+                        place(number);
+                        let guest = Guest::new(shared, number, *touch, seed);
+                        start.wait();
+                        guest.run(over, abandoned)
+                    })
+                })
+                .collect();
+            let invalidators: Vec<_> = plan
+                .takes
+                .iter()
+                .zip(spares)
+                .enumerate()
+                .map(|(number, (take, spares))| {
+                    let (shared, start, calm, guests) = (&shared, &start, &calm, plan.touches.len());
+                    scope.spawn(move || {
+                        place(guests + number);
+                        let invalidator = Invalidator::new(shared, number, *take, spares, seed);
+                        start.wait();
+                        invalidator.run(calm)
+                    })
+                })
+                .collect();
+            start.wait();
+            let started_ns = Threads::now_ns();
+            let elapsed = || Duration::from_nanos(Threads::now_ns() - started_ns);
+            while elapsed() < duration && !interrupted.load(Ordering::Relaxed) {
+                thread::sleep(LOOK_EVERY.min(duration.saturating_sub(elapsed())));
+            }
+            // The invalidations first: a fault may wait for the end of one.
+            calm.store(true, Ordering::Relaxed);
+            while !invalidators.iter().all(thread::ScopedJoinHandle::is_finished) {
+                if elapsed() > duration + GRACE || interrupted.load(Ordering::Relaxed) {
+                    abandoned.store(true, Ordering::Relaxed);
+                }
+                thread::sleep(Duration::from_millis(1));
+            }
+            let taken: Vec<Taken> = invalidators.into_iter().map(join).collect();
+            over.store(true, Ordering::Relaxed);
+            let seen: Vec<Seen> = guests.into_iter().map(join).collect();
+            done.store(true, Ordering::Relaxed);
+            (seen, taken, Threads::now_ns() - started_ns)
+        });
+
+        let mut recording = Recording::default();
+        let mut failures = Vec::new();
+        let mut total = Seen::default();
+        for seen in seen {
+            total.accesses += seen.accesses;
+            total.faults += seen.faults;
+            total.wrong += seen.wrong;
+            total.doomed_cpu_ns += seen.doomed_cpu_ns;
+            total.most_retries = total.most_retries.max(seen.most_retries);
+            total.most_ends = total.most_ends.max(seen.most_ends);
+            for (sum, retries) in total.retries.iter_mut().zip(seen.retries) {
+                *sum += retries;
+            }
+            failures.extend(seen.failure);
+            recording.merge(seen.recording);
+        }
+        let mut invalidations = 0;
+        for taken in taken {
+            invalidations += taken.invalidations;
+            failures.extend(taken.failure);
+            recording.merge(taken.recording);
+        }
+        let (faults, stats) = (mmu.fault_stats(), mmu.invalidation_stats());
+        drop(mmu);
+        match ram.references() {
+            0 => {}
+            references => failures.push(format!("{references} references to pages were not given back")),
+        }
+        let retries = Retries {
+            before_fault_in: total.retries[RetryPoint::BeforeFaultIn as usize],
+            after_fault_in: total.retries[RetryPoint::AfterFaultIn as usize],
+            under_lock: total.retries[RetryPoint::UnderLock as usize],
+            lost_race: total.retries[RetryPoint::LostRace as usize],
+            slot_changing: total.retries[RetryPoint::SlotChanging as usize],
+        };
+        let measured = Measured {
+            elapsed_ns,
+            accesses: Some(total.accesses),
+            faults: total.faults,
+            invalidations,
+            flushes_per_invalidation: per(stats.flushes, invalidations),
+            yields_per_invalidation: per(stats.yields, invalidations),
+            retries_per_fault: per(retries.all(), total.faults),
+            most_retries: Some(total.most_retries),
+            most_ends: Some(total.most_ends),
+            wasted_fault_ins: Some(faults.wasted_fault_ins),
+            invalidation_ns: Times::of(&recording.invalidations),
+            lock_wait_ns: Some(LockWait { faults: faults.lock_wait_ns, invalidations: stats.lock_wait_ns }),
+            doomed_lock_acquisitions: Some(match policies.witness {
+                Witness::Lock => retries.under_lock,
+                Witness::Intent => 0,
+            }),
+            retries: Some(retries),
+            doomed_cpu_ns: Some(total.doomed_cpu_ns),
+            latency_ns: Latencies {
+                inside: Latency::of(&recording.inside),
+                outside: Latency::of(&recording.outside),
+            },
+            wrong_pages: total.wrong,
+        };
+        Ok(Run { measured, recording, failures })
+    }
+}
+
+/// `part` for each one of `whole`; `None` if there is none.
+fn per(part: u64, whole: u64) -> Option<f64> {
+    (whole > 0).then(|| part as f64 / whole as f64)
+}
+
+fn join<T>(thread: thread::ScopedJoinHandle<'_, T>) -> T {
+    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
