@@ -219,6 +219,9 @@ pub enum MemoryError {
         /// What the system said.
         errno: Errno,
     },
+    /// Only pages in a pool have frames to move between.
+    #[error("pages can be moved to other frames only in a memory object with a pool of frames")]
+    NotPooled,
     /// A page was lost before.
     #[error("the content of frame {frame} was lost earlier")]
     Lost {

@@ -29,8 +29,8 @@ mod store;
 
 pub use error::{Damage, MemoryError};
 pub use object::{
-    InvalidationObserver, Kind, KindStats, MemoryObject, MemoryView, Moved, ObjectOptions, ObjectPage,
-    ObjectStats, PageError, State,
+    FramePool, InvalidationObserver, Kind, KindStats, MemoryObject, MemoryView, Moved, ObjectOptions,
+    ObjectPage, ObjectStats, PageError, State,
 };
 pub use pattern::{Pattern, PatternSource, pattern_word};
 pub use source::{Content, FileSource, Source};

@@ -6,7 +6,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use afterimage_mmu::{FRAME_SHIFT, Gfn, GfnRange};
+use afterimage_mmu::{FRAME_SHIFT, Gfn, GfnRange, PageSize, PrimaryMmu};
+use afterimage_stage2::Host;
 
 use crate::dirty::DirtyFrames;
 use crate::error::VmError;
@@ -14,7 +15,8 @@ use crate::kvm::KvmVm;
 use crate::latency::Latency;
 use crate::report::{Counters, GuestReport, VcpuEnd, VcpuFailure, VcpuReport, WrongPage};
 use crate::signals;
-use crate::spec::{GuestMemory, GuestSpec};
+use crate::soft::{Hardware, PhysicalMemory, SoftMachine, TablePool};
+use crate::spec::{GuestKind, GuestMemory, GuestSpec};
 use crate::start::{self, Started};
 use crate::system::SystemMemory;
 use crate::windows::Windows;
@@ -43,6 +45,7 @@ pub struct GuestHandle {
 /// What the vCPU threads and the handles share.
 #[derive(Debug)]
 pub(crate) struct State {
+    pub(crate) kind: GuestKind,
     pub(crate) system: Arc<SystemMemory>,
     pub(crate) memory: GuestMemory,
     pub(crate) windows: Windows,
@@ -56,12 +59,13 @@ pub(crate) struct State {
 }
 
 impl State {
-    pub(crate) fn new(system: Arc<SystemMemory>, memory: GuestMemory, kvm: Option<KvmVm>, khz: u64) -> Self {
+    pub(crate) fn new(spec: &GuestSpec, system: Arc<SystemMemory>, kvm: Option<KvmVm>, khz: u64) -> Self {
         let vcpus = system.plan.vcpus;
         Self {
             windows: Windows::new(Arc::clone(&system)),
+            kind: spec.kind,
             system,
-            memory,
+            memory: spec.memory,
             kvm,
             khz,
             started: Instant::now(),
@@ -73,7 +77,7 @@ impl State {
 
     /// That of a guest of 4 KiB pages on KVM.
     pub(crate) fn of_kvm(system: Arc<SystemMemory>, memory: GuestMemory, vm: KvmVm, khz: u64) -> Self {
-        Self::new(system, memory, Some(vm), khz)
+        Self::new(&GuestSpec::new(GuestKind::Kvm, memory, PageSize::Size4K), system, Some(vm), khz)
     }
 
     fn ends(&self) -> MutexGuard<'_, Vec<Option<VcpuEnd>>> {
@@ -120,6 +124,26 @@ impl Guest {
         start::start(spec, initial).and_then(Self::of)
     }
 
+    /// Starts a guest of kind [`GuestKind::Soft`] on `machine`. Its memory is [in frames](GuestMemory::in_frames), and its
+    /// frames are those of memslot 0.
+    ///
+    /// # Errors
+    ///
+    /// [`VmError::Spec`] if the specification cannot be run; others if the system refuses something. Nothing runs then.
+    pub fn start_soft<F, H, M, R>(
+        spec: GuestSpec,
+        machine: SoftMachine<F, H, M, R>,
+        initial: impl FnMut(Gfn) -> [u64; 3],
+    ) -> Result<Self, VmError>
+    where
+        F: Hardware,
+        H: Host<Memory = TablePool> + 'static,
+        M: PrimaryMmu<Page = H::Page> + Send + Sync + 'static,
+        R: PhysicalMemory,
+    {
+        start::start_soft(spec, Arc::new(machine), initial).and_then(Self::of)
+    }
+
     /// The guest that was started. Where a thread is missing, this stops the others.
     pub(crate) fn of((state, threads, started): Started) -> Result<Self, VmError> {
         let guest = Self { handle: GuestHandle { state }, threads };
@@ -164,7 +188,10 @@ impl Guest {
                 let running = state.running();
                 for &vcpu in &running {
                     state.system.block(vcpu).stop.kick.store(1, SeqCst);
-                    signals::kick(&self.threads[vcpu]);
+                    // A software vCPU looks for itself.
+                    if state.kind != GuestKind::Soft {
+                        signals::kick(&self.threads[vcpu]);
+                    }
                 }
                 if state.wait_ended(Instant::now() + KICK_EVERY) {
                     break;

@@ -201,6 +201,8 @@ pub(crate) enum RecordKind {
     Rest = 2,
     Discarding = 3,
     Tag = 4,
+    Stale = 5,
+    FreedTable = 6,
 }
 
 /// Values of [`VcpuBlock::workload`].

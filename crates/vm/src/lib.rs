@@ -4,7 +4,8 @@
 //! A [`Guest`] works on a mapping of this process, the *managed memory*, which the caller restores, evicts and
 //! discards meanwhile, as hard as it likes. The guest's program knows what every page must hold, checks three words of
 //! each page it touches, and writes down what is lost, stale, torn or foreign. It runs on KVM vCPUs or, where there
-//! is no KVM or no privilege, on threads of this process: the same machine code either way.
+//! is no KVM or no privilege, on threads of this process: the same machine code either way. A third kind of vCPU is software
+//! that walks stage-2 tables by itself ([`SoftMachine`]).
 //!
 //! ```text
 //!          host                                   guest (KVM vCPUs at CPL 3, or threads)
@@ -42,6 +43,7 @@ mod probe;
 mod program;
 mod report;
 mod signals;
+mod soft;
 mod spec;
 mod start;
 mod system;
@@ -57,6 +59,7 @@ pub use kvm::stats::{KvmCounters, KvmCounts};
 pub use latency::{Latency, LatencyHistogram};
 pub use probe::{KvmFacts, KvmKind, KvmProbe, probe};
 pub use report::{Counters, GuestReport, VcpuEnd, VcpuFailure, VcpuReport, WrongKind, WrongPage};
+pub use soft::{AfterRetry, Hardware, PhysicalMemory, SoftMachine, TablePool};
 pub use spec::{
     DirtyLog, Discards, GuestKind, GuestMemory, GuestSpec, Locality, MAX_MEMORY_BYTES, MAX_VCPUS, Workload,
 };

@@ -61,6 +61,10 @@ pub enum WrongKind {
     Discarding,
     /// The page's first word, read by any vCPU, is not zero and does not carry the page's frame number.
     Tag,
+    /// A software vCPU's translation led to a frame that was free, or had changed hands since it was walked to.
+    Stale,
+    /// A software vCPU's walk came to a table that was free.
+    FreedTable,
 }
 
 /// A wrong page, as the guest found it.
@@ -73,11 +77,13 @@ pub struct WrongPage {
     /// The rule that it broke.
     pub kind: WrongKind,
     /// The first word that should have been there; for [`WrongKind::Torn`] a fold of the other two, for
-    /// [`WrongKind::Tag`] the frame number.
+    /// [`WrongKind::Tag`] the frame number; for [`WrongKind::Stale`] the frame's generation when it was walked to
+    /// (all ones: it was free then), for [`WrongKind::FreedTable`] the table's level.
     pub expected: u64,
-    /// What was there instead; for [`WrongKind::Torn`] the same fold.
+    /// What was there instead; for [`WrongKind::Torn`] the same fold, for [`WrongKind::Stale`] the frame's generation now,
+    /// for [`WrongKind::FreedTable`] the table's frame.
     pub found: u64,
-    /// First, middle and last word as found. The latter two are 0 where only the first was read.
+    /// First, middle and last word as found. Those that were not read are 0.
     pub words: [u64; 3],
     /// When, from the vCPU's start.
     pub at: Duration,
@@ -90,6 +96,8 @@ impl WrongPage {
             kind if kind == RecordKind::Rest as u64 => WrongKind::Torn,
             kind if kind == RecordKind::Discarding as u64 => WrongKind::Discarding,
             kind if kind == RecordKind::Tag as u64 => WrongKind::Tag,
+            kind if kind == RecordKind::Stale as u64 => WrongKind::Stale,
+            kind if kind == RecordKind::FreedTable as u64 => WrongKind::FreedTable,
             _ => return None,
         };
         Some(Self {
@@ -123,6 +131,9 @@ impl WrongPage {
             }
             WrongKind::Torn => "changed in part",
             WrongKind::Tag => "a page of another frame",
+            WrongKind::Stale if self.expected == u64::MAX => "the tables led to a free frame",
+            WrongKind::Stale => "a translation was used after its invalidation",
+            WrongKind::FreedTable => "a table was walked after it was freed",
             _ if first == 0 => "its content has been lost",
             WrongKind::Discarding => "neither the old page nor zeros, or the old page after zeros",
             _ if self.expected == 0 && stamp(first) => "it came back after its discard",
@@ -141,6 +152,8 @@ impl fmt::Display for WrongPage {
             WrongKind::Torn => "fold of the other words",
             WrongKind::Discarding => "first word under discard",
             WrongKind::Tag => "tag",
+            WrongKind::Stale => "generation of its frame",
+            WrongKind::FreedTable => "table of level",
         };
         write!(
             f,

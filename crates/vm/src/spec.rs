@@ -27,6 +27,8 @@ pub enum GuestKind {
     Kvm,
     /// Threads of this process on the same mapping. Needs no privilege.
     Thread,
+    /// vCPUs in software that walk stage-2 tables: see [`SoftMachine`](crate::SoftMachine). Needs nothing.
+    Soft,
 }
 
 impl fmt::Display for GuestKind {
@@ -34,6 +36,7 @@ impl fmt::Display for GuestKind {
         f.write_str(match self {
             Self::Kvm => "kvm",
             Self::Thread => "thread",
+            Self::Soft => "soft",
         })
     }
 }
@@ -41,7 +44,7 @@ impl fmt::Display for GuestKind {
 /// The managed memory: a mapping of this process that the guest works on while somebody else takes it away.
 #[derive(Clone, Copy, Debug)]
 pub struct GuestMemory {
-    host: NonNull<u8>,
+    host: Option<NonNull<u8>>,
     bytes: usize,
 }
 
@@ -59,12 +62,23 @@ impl GuestMemory {
     ///    [`VmError::DidNotStop`] means that it has not).
     /// 2. Until then nobody holds a reference into it: the guest writes it at any moment.
     pub const unsafe fn from_raw(host: NonNull<u8>, bytes: usize) -> Self {
-        Self { host, bytes }
+        Self { host: Some(host), bytes }
     }
 
-    /// The address of the first byte.
-    pub const fn host(self) -> NonNull<u8> {
+    /// Memory of `bytes` bytes that is mapped nowhere as a whole: a software guest's, which reaches it frame by frame.
+    pub const fn in_frames(bytes: usize) -> Self {
+        Self { host: None, bytes }
+    }
+
+    /// The address of the first byte; `None` of memory in frames.
+    pub const fn host(self) -> Option<NonNull<u8>> {
         self.host
+    }
+
+    /// The addresses of a mapping, as numbers; none of memory in frames.
+    pub(crate) fn addresses(self) -> core::ops::Range<u64> {
+        let start = self.host.map_or(0, |host| host.as_ptr().addr() as u64);
+        start..start + if self.host.is_some() { self.bytes as u64 } else { 0 }
     }
 
     /// Length in bytes.
@@ -140,7 +154,7 @@ pub struct Discards {
 pub enum DirtyLog {
     /// Not before [`GuestHandle::start_dirty_log`](crate::GuestHandle::start_dirty_log).
     Off,
-    /// From the first access on. A thread guest cannot.
+    /// From the first access on. Other guests cannot.
     On,
 }
 
@@ -222,7 +236,10 @@ impl GuestSpec {
         if bytes > MANAGED_LIMIT {
             return fail(format!("a guest has at most {} GiB of memory", MANAGED_LIMIT >> 30));
         }
-        if !(self.memory.host().as_ptr().addr() as u64).is_multiple_of(page) {
+        if self.memory.host().is_none() != (self.kind == GuestKind::Soft) {
+            return fail("a software guest has memory in frames, and every other one a mapping".into());
+        }
+        if !self.memory.addresses().start.is_multiple_of(page) {
             return fail(format!("the memory does not begin at a multiple of the page size, {page}"));
         }
         let block = self.block_frames;
@@ -240,7 +257,7 @@ impl GuestSpec {
                 self.vcpus
             ));
         }
-        if self.kind == GuestKind::Thread && self.dirty_log == DirtyLog::On {
+        if self.kind != GuestKind::Kvm && self.dirty_log == DirtyLog::On {
             return Err(VmError::NeedsKvm { what: "log dirty pages" });
         }
         for share in self.shares() {

@@ -15,6 +15,7 @@ use crate::layout::{Ended, WorkloadNumber, fold};
 use crate::program::{Host, Program};
 use crate::report::VcpuEnd;
 use crate::signals::{self, CAUSE_BUS, CAUSE_KICK};
+use crate::soft::Processor;
 use crate::spec::{GuestKind, GuestSpec, Workload};
 use crate::system::{MANAGED_GPA, Plan, SYSTEM_GPA, SystemMemory};
 use crate::thread::Code;
@@ -23,11 +24,12 @@ use crate::tsc;
 /// Starts `spec`; see [`Guest::start`](crate::Guest::start).
 pub(crate) fn start(spec: GuestSpec, initial: impl FnMut(Gfn) -> [u64; 3]) -> Result<Started, VmError> {
     spec.check()?;
-    signals::install()?;
     let host = match spec.kind {
         GuestKind::Kvm => Host::Kvm,
         GuestKind::Thread => Host::Thread,
+        GuestKind::Soft => return Err(VmError::spec("a software guest is started on its machine")),
     };
+    signals::install()?;
     let program = Program::assemble(host).map_err(|error| VmError::Assemble { what: error.to_string() })?;
     let managed_bytes = spec.memory.bytes() as u64;
     let (table_pages, code_bytes) = match host {
@@ -39,9 +41,7 @@ pub(crate) fn start(spec: GuestSpec, initial: impl FnMut(Gfn) -> [u64; 3]) -> Re
     fill_expected(&system, initial);
     let bases = match host {
         Host::Kvm => Bases { system: SYSTEM_GPA, memory: MANAGED_GPA },
-        Host::Thread => {
-            Bases { system: system.address(0), memory: spec.memory.host().as_ptr().addr() as u64 }
-        }
+        Host::Thread => Bases { system: system.address(0), memory: spec.memory.addresses().start },
     };
     for vcpu in 0..spec.vcpus {
         fill_block(&system, &spec, vcpu, bases);
@@ -52,15 +52,36 @@ pub(crate) fn start(spec: GuestSpec, initial: impl FnMut(Gfn) -> [u64; 3]) -> Re
             system.write(system.plan.code, &program.code);
             let (vm, vcpus) = KvmVm::new(&system, spec.memory, spec.dirty_log)?;
             let khz = vcpus[0].tsc_khz().unwrap_or_else(tsc::khz);
-            let state = Arc::new(State::new(system, spec.memory, Some(vm), khz));
+            let state = Arc::new(State::new(&spec, system, Some(vm), khz));
             Ok(spawn(state, vcpus.into_iter().map(Vcpu::Kvm)))
         }
         Host::Thread => {
             let code = Arc::new(Code::map(&program)?);
-            let state = Arc::new(State::new(system, spec.memory, None, tsc::khz()));
+            let state = Arc::new(State::new(&spec, system, None, tsc::khz()));
             Ok(spawn(state, (0..spec.vcpus).map(|_| Vcpu::Thread(Arc::clone(&code)))))
         }
     }
+}
+
+/// Starts `spec` on a software machine; see [`Guest::start_soft`](crate::Guest::start_soft).
+pub(crate) fn start_soft(
+    spec: GuestSpec,
+    machine: Arc<dyn Processor>,
+    initial: impl FnMut(Gfn) -> [u64; 3],
+) -> Result<Started, VmError> {
+    spec.check()?;
+    if spec.kind != GuestKind::Soft {
+        return Err(VmError::spec(format!("a {} guest does not run on a software machine", spec.kind)));
+    }
+    let system = Arc::new(SystemMemory::new(Plan::new(spec.vcpus, spec.memory.frames(), 0, 0))?);
+    fill_expected(&system, initial);
+    // Its program reaches the structures by itself.
+    let bases = Bases { system: 0, memory: 0 };
+    for vcpu in 0..spec.vcpus {
+        fill_block(&system, &spec, vcpu, bases);
+    }
+    let state = Arc::new(State::new(&spec, system, None, tsc::khz()));
+    Ok(spawn(state, (0..spec.vcpus).map(|_| Vcpu::Soft(Arc::clone(&machine)))))
 }
 
 /// Where the guest sees system memory and managed memory.
@@ -160,6 +181,7 @@ pub(crate) type Started = (Arc<State>, Vec<JoinHandle<()>>, Result<(), VmError>)
 pub(crate) enum Vcpu {
     Kvm(KvmVcpu),
     Thread(Arc<Code>),
+    Soft(Arc<dyn Processor>),
 }
 
 /// Starts a thread for each vCPU.
@@ -189,12 +211,12 @@ pub(crate) fn spawn(state: Arc<State>, vcpus: impl Iterator<Item = Vcpu>) -> Sta
 impl Vcpu {
     fn run(self, index: usize, state: &State) -> VcpuEnd {
         let block = state.system.block(index);
-        let host = state.memory.host().as_ptr().addr() as u64;
-        let memory = host..host + state.memory.bytes() as u64;
+        let memory = state.memory.addresses();
         let count_exit = || {
             state.exits[index].fetch_add(1, Relaxed);
         };
         let left = match self {
+            Self::Soft(machine) => return machine.run(index, state),
             Self::Kvm(mut vcpu) => vcpu.run(block, memory.clone(), count_exit),
             Self::Thread(code) => {
                 code.run(block, memory.clone());

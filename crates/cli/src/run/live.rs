@@ -29,7 +29,7 @@ impl Seen {
         Self {
             at: Instant::now(),
             accesses: machine.guest.counters().accesses,
-            faults: machine.mmu.fault_stats().taken,
+            faults: machine.engine.fault_stats().taken,
             latency: machine.guest.latency(),
         }
     }
@@ -50,7 +50,7 @@ impl LiveLine {
         let now = Seen::now(machine);
         let seconds = (now.at - self.last.at).as_secs_f64().max(1e-3);
         let rate = |now: u64, then: u64| show_count(((now - then) as f64 / seconds) as u64);
-        let stats = machine.mmu.fault_stats();
+        let stats = machine.engine.fault_stats();
         let retries = RetryPoint::ALL.map(|point| stats.retries_at(point).to_string()).join("/");
         self.bar.set_position(u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX));
         self.bar.set_message(format!(

@@ -1,16 +1,20 @@
 //! `afterimage run`: a guest verifies its memory while that is taken away.
 
+mod choices;
+mod hosts;
 mod json;
 mod live;
 mod machine;
 mod options;
 mod pressure;
 mod report;
+mod served;
+mod soft;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -19,7 +23,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 
 use self::json::JsonOutput;
 use self::live::LiveLine;
-use self::machine::Machine;
+use self::machine::{Host, Machine};
 pub(crate) use self::options::RunArgs;
 use self::options::RunPlan;
 use self::pressure::Pressure;
@@ -101,7 +105,11 @@ fn watch(plan: &RunPlan, machine: &Machine, pressure: &Pressure, interrupted: &A
     let mut failures = Vec::new();
     while started.elapsed() < plan.duration && !interrupted.load(Ordering::Relaxed) {
         thread::sleep(LOOK_EVERY.min(plan.duration.saturating_sub(started.elapsed())));
-        if machine.guest.failure().is_some() || machine.workers.has_failed() || pressure.has_failed() {
+        let served = match &machine.host {
+            Host::Served(served) => !served.has_failed(),
+            Host::Soft(_) => true,
+        };
+        if machine.guest.failure().is_some() || !served || pressure.has_failed() {
             // Which of them, and why, is found when they are stopped.
             break;
         }
@@ -123,25 +131,23 @@ fn watch(plan: &RunPlan, machine: &Machine, pressure: &Pressure, interrupted: &A
 
 /// Stops everything in order: the guest while its faults are still served, then what takes memory away, then the workers.
 fn stop(machine: Machine, pressure: Pressure, failures: &mut Vec<String>) -> Result<Outcome> {
-    let Machine { object, mmu, guest, workers, poisoned } = machine;
+    let Machine { object, engine, guest, host } = machine;
     let guest = guest.stop().context("the guest could not be stopped")?;
     if let Err(error) = pressure.stop() {
         failures.push(format!("taking memory away failed: {error}"));
     }
-    if let Err(error) = workers.stop() {
-        failures.push(format!("serving faults failed: {error}"));
-    }
     if let Some(failure) = guest.failure() {
         failures.push(failure.to_string());
     }
-    for report in poisoned.lock().unwrap_or_else(PoisonError::into_inner).iter() {
-        failures.push(report.error.to_string());
+    match host {
+        Host::Served(served) => served.stop(failures),
+        Host::Soft(soft) => soft.stop(failures),
     }
     object.detach_all();
     Ok(Outcome {
         guest,
-        faults: mmu.fault_stats(),
-        invalidations: mmu.invalidation_stats(),
+        faults: engine.fault_stats(),
+        invalidations: engine.invalidation_stats(),
         object: object.stats(),
         store: object.store_stats(),
         bookkeeping_bytes: object.bookkeeping_bytes(),

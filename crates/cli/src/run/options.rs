@@ -4,14 +4,21 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use afterimage_memory::{FileSource, Kind};
-use afterimage_mmu::{PageSize, Policy, Precheck, SequenceScope};
-use afterimage_uffd::{AfterRetry, Backing, FaultOrigin, HugePages, OpenOptions, ServeOptions};
-use afterimage_vm::{GuestKind, GuestSpec, KvmProbe, Locality, Workload};
+use afterimage_memory::FileSource;
+use afterimage_mmu::{PageSize, Policy};
+use afterimage_uffd::{AfterRetry, Backing, ServeOptions};
+use afterimage_vm::{GuestKind, GuestSpec, Locality, Workload};
 use anyhow::{Context, Result, bail, ensure};
-use clap::{Args, ValueEnum};
+use clap::Args;
 use serde::Serialize;
 
+#[cfg(feature = "mutations")]
+use super::choices::BreakChoice;
+use super::choices::{
+    AfterRetryChoice, BackingChoice, FormatChoice, GuestChoice, InvalidateChoice, PageChoice, PrecheckChoice,
+    SequenceChoice, WorkloadChoice, name,
+};
+use super::hosts::{self, Chosen, HostPlan, SoftPlan, UffdPlan};
 use crate::units;
 
 /// How `stamp` moves: mostly in a working set of 1 MiB that is another one now and then, the rest anywhere. So most
@@ -27,6 +34,9 @@ pub(crate) struct RunArgs {
     /// What the guest runs on; the default is the best that this host allows
     #[arg(long, value_enum)]
     guest: Option<GuestChoice>,
+    /// The tables that the vCPUs of --guest soft walk [default: npt]
+    #[arg(long, value_enum)]
+    format: Option<FormatChoice>,
     /// Number of vCPUs
     #[arg(long, default_value_t = 2)]
     vcpus: usize,
@@ -39,9 +49,9 @@ pub(crate) struct RunArgs {
     /// Size of the pages that memory is moved in
     #[arg(long, value_enum, default_value_t = PageChoice::Small)]
     page_size: PageChoice,
-    /// What holds resident pages
-    #[arg(long, value_enum, default_value_t = BackingChoice::Shared)]
-    backing: BackingChoice,
+    /// What holds resident pages [default: shared]
+    #[arg(long, value_enum)]
+    backing: Option<BackingChoice>,
     /// What the guest does
     #[arg(long, value_enum, default_value_t = WorkloadChoice::Stamp)]
     workload: WorkloadChoice,
@@ -64,12 +74,12 @@ pub(crate) struct RunArgs {
     /// of every race; or parked until the invalidation has ended, which costs no CPU
     #[arg(long, value_enum, default_value_t = AfterRetryChoice::Refault)]
     after_retry: AfterRetryChoice,
-    /// Number of userfaultfds that the memory is split over
-    #[arg(long, default_value_t = 1)]
-    uffds: usize,
-    /// Number of threads that serve faults
-    #[arg(long, default_value_t = 1)]
-    workers: usize,
+    /// Number of userfaultfds that the memory is split over [default: 1]
+    #[arg(long)]
+    uffds: Option<usize>,
+    /// Number of threads that serve faults [default: 1]
+    #[arg(long)]
+    workers: Option<usize>,
     /// Seed of the snapshot and of the guest's choices
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -82,85 +92,6 @@ pub(crate) struct RunArgs {
     broken: Option<BreakChoice>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum GuestChoice {
-    Kvm,
-    Thread,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum PageChoice {
-    #[value(name = "4k")]
-    Small,
-    #[value(name = "2m")]
-    Huge,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum BackingChoice {
-    /// A memory file: a page can lose its mapping and stay
-    Shared,
-    /// Anonymous memory: a page is mapped or gone
-    Anonymous,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum WorkloadChoice {
-    /// Random pages: check the stamp, write the next; asks for discards
-    Stamp,
-    /// Every page in turn
-    Scan,
-    /// A small hot set and a cold tail
-    Hot,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
-enum InvalidateChoice {
-    /// The host takes pages; they come back as they were
-    Evict,
-    /// The guest gives pages up; they come back as zeros
-    Discard,
-    /// Checkpoints: write-protect, read, release
-    Protect,
-    None,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum PrecheckChoice {
-    Both,
-    Before,
-    After,
-    Off,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum SequenceChoice {
-    Region,
-    Global,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum AfterRetryChoice {
-    Refault,
-    Park,
-}
-
-/// A safety rule that can be switched off to see that it is missed.
-#[cfg(feature = "mutations")]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum BreakChoice {
-    /// The check under the lock always passes
-    VerifyAlwaysFresh,
-    /// A zap leaves out the last frame of each range
-    ZapForgetsLastFrame,
-    /// Discards are not announced
-    DiscardWithoutInvalidation,
-    /// Evictions are not announced
-    EvictWithoutInvalidation,
-    /// What was discarded comes back as it was
-    DiscardKeepsBytes,
-}
-
 /// What the options come to.
 #[derive(Debug)]
 pub(crate) struct RunPlan {
@@ -168,21 +99,17 @@ pub(crate) struct RunPlan {
     pub(crate) guest: GuestKind,
     /// Why this guest, in a sentence.
     pub(crate) guest_because: String,
+    pub(crate) host: HostPlan,
     pub(crate) vcpus: usize,
     pub(crate) memory: u64,
     pub(crate) resident: u64,
     pub(crate) batch_pages: u64,
     pub(crate) page_size: PageSize,
-    pub(crate) backing: Backing,
     pub(crate) workload: Workload,
     pub(crate) source: Option<FileSource>,
-    pub(crate) invalidate: Vec<Kind>,
+    pub(crate) invalidate: Vec<InvalidateChoice>,
     pub(crate) pressure: u32,
     pub(crate) policy: Policy,
-    pub(crate) serve: ServeOptions,
-    pub(crate) origin: FaultOrigin,
-    pub(crate) uffds: usize,
-    pub(crate) workers: usize,
     pub(crate) seed: u64,
     pub(crate) json: Option<PathBuf>,
     pub(crate) shown: ShownOptions,
@@ -192,20 +119,21 @@ pub(crate) struct RunPlan {
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct ShownOptions {
     duration_ms: u64,
+    format: Option<String>,
     vcpus: usize,
     memory: u64,
     resident: u64,
-    page_size: &'static str,
-    backing: &'static str,
+    page_size: String,
+    backing: Option<String>,
     workload: String,
     pub(crate) source: Option<PathBuf>,
-    invalidate: Vec<&'static str>,
+    invalidate: Vec<String>,
     pressure: u32,
-    precheck: &'static str,
-    sequence: &'static str,
-    after_retry: &'static str,
-    uffds: usize,
-    workers: usize,
+    precheck: String,
+    sequence: String,
+    after_retry: String,
+    uffds: Option<usize>,
+    workers: Option<usize>,
     seed: u64,
 }
 
@@ -247,8 +175,8 @@ impl RunArgs {
             units::show_bytes(resident),
             units::show_bytes(memory)
         );
-        for (option, count) in [("--vcpus", self.vcpus), ("--uffds", self.uffds), ("--workers", self.workers)]
-        {
+        let counts = [("--vcpus", Some(self.vcpus)), ("--uffds", self.uffds), ("--workers", self.workers)];
+        for (option, count) in counts.into_iter().filter_map(|(option, count)| Some((option, count?))) {
             ensure!(
                 (1..=afterimage_vm::MAX_VCPUS).contains(&count),
                 "{option} is {count}, and must be from 1 to {}",
@@ -265,82 +193,74 @@ impl RunArgs {
             units::show_bytes(page)
         );
         ensure!(
-            self.uffds as u64 <= memory / page,
+            self.uffds.unwrap_or(1) as u64 <= memory / page,
             "--uffds is {}, but there are only {} pages to split",
-            self.uffds,
+            self.uffds.unwrap_or(1),
             memory / page
         );
-        let (guest, guest_because, origin) = choose_guest(self.guest)?;
+        let invalidate = self.troubles()?;
+        let (guest, guest_because, host) = self.host()?;
         // A batch is what the budget may be exceeded by, so it stays small beside it.
         let batch_pages = match page_size {
             PageSize::Size4K => 64,
             PageSize::Size2M | PageSize::Size1G => 2,
         }
         .min(resident / page);
-        check_huge_pages(page_size, resident / page + batch_pages)?;
-        let kinds = self.kinds()?;
-        let backing = match self.backing {
-            BackingChoice::Shared => Backing::Shared,
-            BackingChoice::Anonymous => Backing::Anonymous,
-        };
+        if guest != GuestKind::Soft {
+            hosts::check_huge_pages(page_size, resident / page + batch_pages)?;
+        }
         let workload = match self.workload {
             WorkloadChoice::Stamp => Workload::Stamp { locality: Some(LOCALITY) },
             WorkloadChoice::Scan => Workload::Scan,
             WorkloadChoice::Hot => Workload::HOT,
         };
-        let (precheck, precheck_name) = match self.precheck {
-            PrecheckChoice::Both => (Precheck::all(), "both"),
-            PrecheckChoice::Before => (Precheck::BEFORE_FAULT_IN, "before"),
-            PrecheckChoice::After => (Precheck::AFTER_FAULT_IN, "after"),
-            PrecheckChoice::Off => (Precheck::empty(), "off"),
-        };
-        let (scope, sequence_name) = match self.sequence {
-            SequenceChoice::Region => (SequenceScope::Region, "region"),
-            SequenceChoice::Global => (SequenceScope::Global, "global"),
-        };
-        let (after_retry, after_retry_name) = match self.after_retry {
-            AfterRetryChoice::Park => (AfterRetry::Park, "park"),
-            AfterRetryChoice::Refault => (AfterRetry::Refault, "refault"),
-        };
         #[cfg(feature = "mutations")]
-        break_rule(self.broken);
+        afterimage_mmu::mutation::set(self.broken.map(Into::into));
+        let served = match &host {
+            HostPlan::Uffd(uffd) => Some(uffd),
+            HostPlan::Soft(_) => None,
+        };
         let shown = ShownOptions {
             duration_ms: u64::try_from(self.duration.as_millis()).unwrap_or(u64::MAX),
+            format: match &host {
+                HostPlan::Soft(soft) => Some(name(soft.format)),
+                HostPlan::Uffd(_) => None,
+            },
             vcpus: self.vcpus,
             memory,
             resident,
-            page_size: if page_size == PageSize::Size4K { "4k" } else { "2m" },
-            backing: if backing == Backing::Shared { "shared" } else { "anonymous" },
+            page_size: name(self.page_size),
+            backing: served.map(|_| name(self.backing.unwrap_or(BackingChoice::Shared))),
             workload: workload.to_string(),
             source: self.source,
-            invalidate: kinds.iter().map(|kind| kind.name()).collect(),
+            invalidate: invalidate.iter().map(|choice| name(*choice)).collect(),
             pressure: self.pressure,
-            precheck: precheck_name,
-            sequence: sequence_name,
-            after_retry: after_retry_name,
-            uffds: self.uffds,
-            workers: self.workers,
+            precheck: name(self.precheck),
+            sequence: name(self.sequence),
+            after_retry: name(self.after_retry),
+            uffds: served.map(|uffd| uffd.uffds),
+            workers: served.map(|uffd| uffd.workers),
             seed: self.seed,
         };
         Ok(RunPlan {
             duration: self.duration,
             guest,
             guest_because,
+            host,
             vcpus: self.vcpus,
             memory,
             resident,
             batch_pages,
             page_size,
-            backing,
             workload,
             source,
-            invalidate: kinds,
+            invalidate,
             pressure: self.pressure,
-            policy: Policy { precheck, scope, ..Policy::default() },
-            serve: ServeOptions { after_retry, ..ServeOptions::default() },
-            origin,
-            uffds: self.uffds,
-            workers: self.workers,
+            policy: Policy {
+                precheck: self.precheck.into(),
+                scope: self.sequence.into(),
+                ..Policy::default()
+            },
             seed: self.seed,
             json: self.json,
             shown,
@@ -360,73 +280,43 @@ impl RunArgs {
         }
     }
 
-    fn kinds(&self) -> Result<Vec<Kind>> {
+    /// What is done to the memory, each kind once.
+    fn troubles(&self) -> Result<Vec<InvalidateChoice>> {
         let chosen: BTreeSet<_> = self.invalidate.iter().copied().collect();
         if chosen.contains(&InvalidateChoice::None) {
             ensure!(chosen.len() == 1, "--invalidate none cannot be combined with others");
+            return Ok(Vec::new());
         }
-        let kind = |choice| match choice {
-            InvalidateChoice::Evict => Some(Kind::Evict),
-            InvalidateChoice::Discard => Some(Kind::Discard),
-            InvalidateChoice::Protect => Some(Kind::Protect),
-            InvalidateChoice::None => None,
-        };
-        Ok(chosen.into_iter().filter_map(kind).collect())
-    }
-}
-
-/// The best guest that this host allows, or the one asked for, or why not.
-fn choose_guest(asked: Option<GuestChoice>) -> Result<(GuestKind, String, FaultOrigin)> {
-    let kvm = match afterimage_vm::probe() {
-        KvmProbe::Usable(facts) => Ok(facts),
-        KvmProbe::Missing => Err("there is no /dev/kvm".to_owned()),
-        KvmProbe::Unusable(error) => Err(format!("/dev/kvm cannot be used: {error}")),
-        other => Err(format!("/dev/kvm is of an unknown state: {other:?}")),
-    };
-    let any_origin = OpenOptions::new().origin(FaultOrigin::Any).probe();
-    let thread_origin = if any_origin.is_ok() { FaultOrigin::Any } else { FaultOrigin::UserMode };
-    if asked != Some(GuestChoice::Thread) {
-        let why_not = match (&kvm, &any_origin) {
-            (Ok(facts), Ok(_)) => {
-                let because = format!("KVM vCPUs on {}", facts.kind);
-                return Ok((GuestKind::Kvm, because, FaultOrigin::Any));
-            }
-            (Err(why), _) => why.clone(),
-            (_, Err(error)) => format!("KVM's own faults cannot be served: {error}"),
-        };
-        if asked == Some(GuestChoice::Kvm) {
-            bail!("--guest kvm is not possible here: {why_not}; \"afterimage host\" shows what helps");
+        let needs_soft = chosen.iter().find(|choice| choice.needs_soft());
+        if let (Some(choice), true) = (needs_soft, self.guest != Some(GuestChoice::Soft)) {
+            bail!("--invalidate {} is only for --guest soft", name(*choice));
         }
-        OpenOptions::new().origin(thread_origin).probe().context("no guest can be served here")?;
-        let because = format!("host threads, since {why_not}");
-        return Ok((GuestKind::Thread, because, thread_origin));
+        Ok(chosen.into_iter().collect())
     }
-    OpenOptions::new().origin(thread_origin).probe().context("no guest can be served here")?;
-    Ok((GuestKind::Thread, "host threads, as asked".to_owned(), thread_origin))
-}
 
-fn check_huge_pages(page_size: PageSize, needed: u64) -> Result<()> {
-    if page_size == PageSize::Size4K {
-        return Ok(());
+    /// Who serves the faults, on what the guest runs, and why.
+    fn host(&self) -> Result<(GuestKind, String, HostPlan)> {
+        if self.guest == Some(GuestChoice::Soft) {
+            ensure!(
+                self.backing.is_none() && self.uffds.is_none() && self.workers.is_none(),
+                "--backing, --uffds and --workers are for guests whose faults come through userfaultfd; those of \
+                 --guest soft do not"
+            );
+            let soft = SoftPlan::new(self.format.unwrap_or(FormatChoice::Npt), self.after_retry);
+            return Ok((GuestKind::Soft, soft.because(), HostPlan::Soft(soft)));
+        }
+        ensure!(self.format.is_none(), "--format is for the tables of --guest soft");
+        let Chosen { guest, because, origin } = hosts::choose(self.guest.map(GuestKind::from))?;
+        let after_retry = match self.after_retry {
+            AfterRetryChoice::Park => AfterRetry::Park,
+            AfterRetryChoice::Refault => AfterRetry::Refault,
+        };
+        let backing = match self.backing {
+            Some(BackingChoice::Anonymous) => Backing::Anonymous,
+            Some(BackingChoice::Shared) | None => Backing::Shared,
+        };
+        let serve = ServeOptions { after_retry, ..ServeOptions::default() };
+        let (uffds, workers) = (self.uffds.unwrap_or(1), self.workers.unwrap_or(1));
+        Ok((guest, because, HostPlan::Uffd(UffdPlan { backing, serve, origin, uffds, workers })))
     }
-    let pool = HugePages::of(page_size).context("this host has no 2 MiB huge pages")?;
-    ensure!(
-        pool.available() >= needed,
-        "--page-size 2m needs {needed} free huge pages (--resident and one batch), and there are {}: {}",
-        pool.available(),
-        pool.remedy(needed)
-    );
-    Ok(())
-}
-
-#[cfg(feature = "mutations")]
-fn break_rule(broken: Option<BreakChoice>) {
-    use afterimage_mmu::mutation::{self, Mutation};
-    mutation::set(broken.map(|broken| match broken {
-        BreakChoice::VerifyAlwaysFresh => Mutation::VerifyAlwaysFresh,
-        BreakChoice::ZapForgetsLastFrame => Mutation::ZapForgetsLastFrame,
-        BreakChoice::DiscardWithoutInvalidation => Mutation::DiscardWithoutInvalidation,
-        BreakChoice::EvictWithoutInvalidation => Mutation::EvictWithoutInvalidation,
-        BreakChoice::DiscardKeepsBytes => Mutation::DiscardKeepsBytes,
-    }));
 }

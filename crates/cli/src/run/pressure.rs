@@ -5,20 +5,31 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use afterimage_memory::{Kind, MemoryError, MemoryObject};
-use afterimage_mmu::{Gfn, Pfn, PfnRange};
-use afterimage_vm::GuestHandle;
+use afterimage_memory::{MemoryError, MemoryObject};
+use afterimage_mmu::{Age, Gfn, Pfn, PfnRange};
+use afterimage_vm::{GuestHandle, GuestKind};
 use anyhow::Result;
 
+use super::choices::InvalidateChoice;
 use super::options::RunPlan;
 
 /// How often the budget and the guest's mailbox are looked at.
 const LOOK_EVERY: Duration = Duration::from_micros(200);
 /// A vCPU that makes so many accesses in so short a time runs, and does not wait for pages.
-const RUNNING_LOOK: Duration = Duration::from_micros(10);
-const RUNNING_MOVES: u32 = 30;
+#[derive(Clone, Copy, Debug)]
+struct Gait {
+    look: Duration,
+    moves: u32,
+}
+/// Of machine code.
+const RUN: Gait = Gait { look: Duration::from_micros(10), moves: 30 };
+/// Of vCPUs in software.
+const WALK: Gait = Gait { look: Duration::from_micros(50), moves: 15 };
 /// What an eviction beyond the budget's takes: 128 KiB, or a huge page.
 const EVICT_FRAMES: u64 = 32;
+/// How often, and how many parts of memory in turn, lose their marks of past accesses.
+const AGE_EVERY: Duration = Duration::from_millis(5);
+const AGE_PARTS: u64 = 16;
 /// Checkpoints a second, and how much of memory each takes: all of it in about four seconds.
 const CHECKPOINT_EVERY: Duration = Duration::from_millis(250);
 const CHECKPOINT_PARTS: u64 = 16;
@@ -35,6 +46,7 @@ pub(crate) struct Pressure {
 struct Reach {
     object: Arc<MemoryObject>,
     guest: GuestHandle,
+    gait: Gait,
     stop: Arc<AtomicBool>,
 }
 
@@ -56,22 +68,27 @@ impl Pressure {
     /// Starts a thread that keeps the budget, and one for each kind that was asked for.
     pub(crate) fn start(plan: &RunPlan, object: &Arc<MemoryObject>, guest: &GuestHandle) -> Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
-        let reach = Reach { object: Arc::clone(object), guest: guest.clone(), stop: Arc::clone(&stop) };
+        let gait = if plan.guest == GuestKind::Soft { WALK } else { RUN };
+        let reach = Reach { object: Arc::clone(object), guest: guest.clone(), gait, stop: Arc::clone(&stop) };
         let mut pressure = Self { threads: Vec::new(), stop };
         let budget = reach.clone();
         pressure.spawn("budget", move || keep_budget(&budget))?;
         for kind in &plan.invalidate {
             let reach = reach.clone();
+            let (per_second, batch) = (plan.pressure, EVICT_FRAMES.max(plan.page_size.frames()));
             match kind {
                 // Only the budget evicts. A thread without work would end, which is what a failed one does.
-                Kind::Evict if plan.pressure == 0 => {}
-                Kind::Evict => {
-                    let per_second = plan.pressure;
-                    let batch = EVICT_FRAMES.max(plan.page_size.frames());
-                    pressure.spawn("evict", move || evict(&reach, per_second, batch))?;
-                }
-                Kind::Discard => pressure.spawn("discard", move || discard(&reach))?,
-                Kind::Protect => pressure.spawn("checkpoint", move || checkpoint(&reach))?,
+                InvalidateChoice::Evict | InvalidateChoice::Migrate if plan.pressure == 0 => {}
+                InvalidateChoice::Evict => pressure.spawn("evict", move || {
+                    where_it_runs(&reach, per_second, batch, |frames| reach.object.evict(frames).map(drop))
+                })?,
+                InvalidateChoice::Migrate => pressure.spawn("migrate", move || {
+                    where_it_runs(&reach, per_second, batch, |frames| reach.object.migrate(frames).map(drop))
+                })?,
+                InvalidateChoice::Discard => pressure.spawn("discard", move || discard(&reach))?,
+                InvalidateChoice::Protect => pressure.spawn("checkpoint", move || checkpoint(&reach))?,
+                InvalidateChoice::Age => pressure.spawn("age", move || age(&reach))?,
+                InvalidateChoice::None => {}
             }
         }
         Ok(pressure)
@@ -113,9 +130,14 @@ fn keep_budget(reach: &Reach) -> Result<(), MemoryError> {
     Ok(())
 }
 
-/// Evicts, at an even pace, the memory around where a vCPU is running at that moment: warm memory, so that faults meet
-/// the invalidation. A turn in which no vCPU runs, since all wait for pages, is skipped.
-fn evict(reach: &Reach, per_second: u32, batch: u64) -> Result<(), MemoryError> {
+/// Takes away, at an even pace, the memory around where a vCPU is running at that moment: warm memory, so that faults
+/// meet the invalidation. A turn in which no vCPU runs, since all wait for pages, is skipped.
+fn where_it_runs(
+    reach: &Reach,
+    per_second: u32,
+    batch: u64,
+    take_away: impl Fn(PfnRange) -> Result<(), MemoryError>,
+) -> Result<(), MemoryError> {
     let Some(pause) = Duration::from_secs(1).checked_div(per_second) else { return Ok(()) };
     let mut due = Instant::now();
     while reach.is_running() {
@@ -127,8 +149,8 @@ fn evict(reach: &Reach, per_second: u32, batch: u64) -> Result<(), MemoryError> 
         let turn_ends = due + pause;
         // At least once, however short the turn is.
         loop {
-            if let Some(at) = (0..reach.guest.vcpus()).find_map(|vcpu| running_at(&reach.guest, vcpu)) {
-                reach.object.evict(reach.whole_pages(around(at, batch, reach.object.frames())))?;
+            if let Some(at) = (0..reach.guest.vcpus()).find_map(|vcpu| running_at(reach, vcpu)) {
+                take_away(reach.whole_pages(around(at, batch, reach.object.frames())))?;
                 break;
             }
             thread::sleep(LOOK_EVERY);
@@ -141,16 +163,16 @@ fn evict(reach: &Reach, per_second: u32, batch: u64) -> Result<(), MemoryError> 
 }
 
 /// The frame that `vcpu` is at, if it is running through resident memory just now, and not from one fault to the next.
-fn running_at(guest: &GuestHandle, vcpu: usize) -> Option<Gfn> {
-    let mut last = guest.current_gfn(vcpu);
+fn running_at(reach: &Reach, vcpu: usize) -> Option<Gfn> {
+    let mut last = reach.guest.current_gfn(vcpu);
     let mut moves = 0;
     let started = Instant::now();
-    while started.elapsed() < RUNNING_LOOK {
-        let now = guest.current_gfn(vcpu);
+    while started.elapsed() < reach.gait.look {
+        let now = reach.guest.current_gfn(vcpu);
         moves += u32::from(now != last);
         last = now;
     }
-    (moves >= RUNNING_MOVES).then_some(last)
+    (moves >= reach.gait.moves).then_some(last)
 }
 
 /// `frames` frames that hold `gfn`, aligned to their number.
@@ -177,17 +199,35 @@ fn discard(reach: &Reach) -> Result<(), MemoryError> {
     Ok(())
 }
 
+/// Takes the marks of past accesses away, a part of memory at a time.
+fn age(reach: &Reach) -> Result<(), MemoryError> {
+    let all = reach.object.frames();
+    let mut parts = parts_of(all, AGE_PARTS).cycle();
+    while reach.is_running() {
+        let part = reach.whole_pages(parts.next().expect("it goes round"));
+        // Who was young is the budget's to ask; here it is only made to forget.
+        let _ = reach.object.age(part, Age::Clear);
+        thread::sleep(AGE_EVERY);
+    }
+    Ok(())
+}
+
+/// `all` in about `count` parts.
+fn parts_of(all: PfnRange, count: u64) -> impl Iterator<Item = PfnRange> + Clone {
+    let step = all.len().div_ceil(count).max(1);
+    (0..all.len().div_ceil(step)).map(move |part| {
+        let start = all.start + part * step;
+        PfnRange::new(start, start + step).intersection(all)
+    })
+}
+
 /// Reads all of memory, a part at a time, as a checkpoint would.
 fn checkpoint(reach: &Reach) -> Result<(), MemoryError> {
-    let all = reach.object.frames();
-    let step = all.len().div_ceil(CHECKPOINT_PARTS);
-    let mut next = all.start;
+    let mut parts = parts_of(reach.object.frames(), CHECKPOINT_PARTS).cycle();
     while reach.is_running() {
-        let end = Pfn::new((next.as_u64() + step).min(all.end.as_u64()));
-        let part = reach.whole_pages(PfnRange::new(next, end));
+        let part = reach.whole_pages(parts.next().expect("it goes round"));
         let mut bytes = 0_u64;
         reach.object.protect(part, |_, page| bytes += page.map_or(0, |page| page.len() as u64))?;
-        next = if part.end >= all.end { all.start } else { part.end };
         thread::sleep(CHECKPOINT_EVERY);
     }
     Ok(())

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use afterimage_memory::{Kind, ObjectStats, StoreStats};
 use afterimage_mmu::{FaultStats, InvalidationStats, RetryPoint};
-use afterimage_vm::{GuestKind, GuestReport, LatencyHistogram};
+use afterimage_vm::{GuestReport, LatencyHistogram};
 use serde::Serialize;
 
 use super::options::{RunPlan, ShownOptions};
@@ -63,6 +63,7 @@ struct Invalidations {
     evict: KindReport,
     discard: KindReport,
     protect: KindReport,
+    migrate: KindReport,
 }
 
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -142,10 +143,7 @@ impl RunReport {
         };
         let frames = plan.memory / afterimage_mmu::FRAME_BYTES;
         Self {
-            guest: match plan.guest {
-                GuestKind::Kvm => "kvm".to_owned(),
-                GuestKind::Thread => "thread".to_owned(),
-            },
+            guest: plan.guest.to_string(),
             elapsed_ms: u64::try_from(guest.elapsed.as_millis()).unwrap_or(u64::MAX),
             accesses: counters.accesses,
             writes: counters.writes,
@@ -172,6 +170,7 @@ impl RunReport {
                 evict: kind(Kind::Evict),
                 discard: kind(Kind::Discard),
                 protect: kind(Kind::Protect),
+                migrate: kind(Kind::Migrate),
             },
             zapped_frames: invalidations.zapped_frames,
             flushes: invalidations.flushes,
@@ -274,8 +273,9 @@ impl Display for RunReport {
         }
 
         writeln!(f, "invalidations")?;
-        let Invalidations { evict, discard, protect } = self.invalidations;
-        for (name, kind) in [("evict", evict), ("discard", discard), ("protect", protect)] {
+        let Invalidations { evict, discard, protect, migrate } = self.invalidations;
+        let kinds = [("evict", evict), ("discard", discard), ("protect", protect), ("migrate", migrate)];
+        for (name, kind) in kinds {
             let KindReport { count, frames, median_ns, max_ns } = kind;
             if count > 0 {
                 let text = format!(

@@ -1,4 +1,4 @@
-//! The memory itself: a memory file with a view of its own, or a mapping that is the memory.
+//! The memory itself: a memory file with a view of its own, a mapping that is the memory, or frames of a pool.
 
 // UNSAFETY: pages are copied by address, out of and into memory that others map.
 #![expect(unsafe_code)]
@@ -11,6 +11,7 @@ use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{FallocateFlags, Mode, OFlags};
 use rustix::io::{Errno, retry_on_intr};
 
+use super::pool::FramePool;
 use crate::error::MemoryError;
 use crate::source::Content;
 
@@ -24,6 +25,8 @@ pub(crate) enum Memory {
     /// Anonymous memory: the guest's mapping is the memory. It is read through `/proc/self/mem`: a page that has got
     /// lost is an error there, where a plain access would fault, and wait for whoever it is that reads.
     Mapping { mapping: Arc<Mapping>, reader: OwnedFd },
+    /// Frames that only walkers in software reach.
+    Frames(Arc<FramePool>),
 }
 
 /// Why a page could not be written.
@@ -65,7 +68,7 @@ impl Memory {
     pub(crate) fn as_file(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Self::File(file) | Self::HugeFile { file, .. } => Some(file.as_fd()),
-            Self::Mapping { .. } => None,
+            Self::Mapping { .. } | Self::Frames(_) => None,
         }
     }
 
@@ -101,6 +104,7 @@ impl Memory {
                 Ok(())
             }
             Self::Mapping { .. } => Ok(()),
+            Self::Frames(pool) => pool.fill(page, content, bytes).map_err(|_| WriteError::NoMemory),
         }
     }
 
@@ -116,6 +120,10 @@ impl Memory {
             Self::Mapping { mapping, reader } => {
                 read_all(reader, mapped_at(mapping, page).start.as_u64(), bytes)
             }
+            Self::Frames(pool) => {
+                pool.read(page, bytes);
+                Ok(())
+            }
         }
     }
 
@@ -126,6 +134,10 @@ impl Memory {
                 punch_hole(file, pages.start.as_u64() * FRAME_BYTES, pages.len() * FRAME_BYTES)
             }
             Self::Mapping { mapping, .. } => mapping.zap(mapped_at(mapping, pages)),
+            Self::Frames(pool) => {
+                pool.free(pages);
+                Ok(())
+            }
         };
         done.map_err(MemoryError::Uffd)
     }

@@ -1,7 +1,7 @@
 //! Faulting a page in: from the source, the store or nothing to a resident page.
 //!
-//! A source is read with nothing held, since it can take as long as it likes. In a memory file the page is then filled
-//! under its lock, and stays resident whatever becomes of the fault. In anonymous memory there is no place for a page
+//! A source is read with nothing held, since it can take as long as it likes. In a memory file, and in a
+//! pool of frames, the page is then filled under its lock, and stays resident whatever becomes of the fault. In anonymous memory there is no place for a page
 //! that is not mapped: its bytes are handed to the engine, and the page stays locked until the engine gives the
 //! reference back, with the witness still held. Used: it is resident. Unused: it is where it was.
 
@@ -78,13 +78,14 @@ impl MemoryView {
 /// A reference to a page that was faulted in.
 #[derive(Debug)]
 pub struct ObjectPage {
-    page: PfnRange,
+    /// Where the frame that faulted is.
+    pfn: Pfn,
     held: Held,
 }
 
 #[derive(Debug)]
 enum Held {
-    /// In the memory file.
+    /// In the memory file, or in a frame of the pool.
     Cached,
     /// Mapped already, in anonymous memory.
     Mapped,
@@ -116,7 +117,7 @@ impl Drop for Arriving {
 
 impl PageRef for ObjectPage {
     fn pfn(&self) -> Pfn {
-        self.page.start
+        self.pfn
     }
 
     fn is_writable(&self) -> bool {
@@ -167,10 +168,10 @@ impl MemoryObject {
         patience: Patience,
     ) -> Result<ObjectPage, FaultInError<PageError>> {
         let index = self.index(frame);
-        let page = self.page_at(index);
         let word = &self.pages[index];
-        if word.touch_resident() || found == Found::Present {
-            return Ok(ObjectPage { page, held: self.resident_page() });
+        // In a pool a translation that the guest met says nothing about where the page is by now.
+        if word.touch_resident() || found == Found::Present && self.pool().is_none() {
+            return Ok(self.held_page(frame, self.resident_page()));
         }
         if patience == Patience::NoWait && self.may_wait(word.peek()) {
             return Err(FaultInError::WouldWait);
@@ -179,9 +180,15 @@ impl MemoryObject {
             match self.bring(index, patience) {
                 // The system has run out of memory, or of huge pages, before the budget has.
                 Err(FaultInError::NoMemory) if self.make_room()?.frames > 0 => {}
-                brought => return brought.map(|held| ObjectPage { page, held }),
+                brought => return brought.map(|held| self.held_page(frame, held)),
             }
         }
+    }
+
+    /// The page that `frame` lies in, as the engine gets it.
+    fn held_page(&self, frame: Pfn, held: Held) -> ObjectPage {
+        let pfn = self.pool().map_or(frame, |pool| pool.pfn_of(frame));
+        ObjectPage { pfn, held }
     }
 
     fn resident_page(&self) -> Held {

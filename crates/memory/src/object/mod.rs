@@ -32,6 +32,7 @@ mod buffer;
 mod fault_in;
 mod moves;
 mod pages;
+mod pool;
 mod populate;
 mod reclaim;
 mod stats;
@@ -43,7 +44,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
 use afterimage_mmu::{
-    Blocking, FRAME_BYTES, Hva, HvaRange, Notifier, PageSize, Pfn, PfnRange, Zap,
+    Age, Blocking, FRAME_BYTES, Hva, HvaRange, Notifier, PageSize, Pfn, PfnRange, Young, Zap,
     mutation::{self, Mutation},
 };
 use afterimage_uffd::Mapping;
@@ -55,6 +56,7 @@ pub use self::fault_in::{MemoryView, ObjectPage, PageError};
 pub use self::moves::Moved;
 use self::pages::PageWord;
 pub use self::pages::State;
+pub use self::pool::FramePool;
 use self::stats::Counters;
 pub use self::stats::{Kind, KindStats, ObjectStats};
 use crate::error::MemoryError;
@@ -62,7 +64,7 @@ use crate::source::Source;
 use crate::store::{Store, StoreStats};
 
 /// How a memory object is set up.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct ObjectOptions {
     /// Bytes of memory, a multiple of the page size.
     pub bytes: u64,
@@ -157,6 +159,21 @@ impl MemoryObject {
         Self::new(Memory::mapping(mapping)?, options)
     }
 
+    /// Memory in frames of a pool, for secondary MMUs whose tables are walked by software. A page has a frame only while it
+    /// is resident. The pool has as many as the budget and one batch take, and `spare_pages` pages more: to
+    /// [migrate](Self::migrate) to, and so that a freed frame is not given away again at once.
+    ///
+    /// # Errors
+    /// As for [`shared`](Self::shared).
+    pub fn pooled(options: ObjectOptions, spare_pages: u64) -> Result<Arc<Self>, MemoryError> {
+        options.check()?;
+        let page = options.page_size.bytes();
+        let budget = options.resident_bytes.unwrap_or(options.bytes) / page;
+        let places = budget + options.batch_pages + spare_pages;
+        let pool = FramePool::new(options.bytes / page, places, options.page_size)?;
+        Self::new(Memory::Frames(Arc::new(pool)), options)
+    }
+
     fn new(memory: Memory, options: ObjectOptions) -> Result<Arc<Self>, MemoryError> {
         let count = options.bytes / options.page_size.bytes();
         let first = if options.source.is_some() { State::Source } else { State::Zero };
@@ -177,9 +194,17 @@ impl MemoryObject {
         }))
     }
 
-    /// The memory file, to map; `None` for anonymous memory.
+    /// The memory file, to map; `None` for other memory.
     pub fn file(&self) -> Option<BorrowedFd<'_>> {
         self.memory.as_file()
+    }
+
+    /// The frames that resident pages lie in, of [pooled](Self::pooled) memory.
+    pub fn pool(&self) -> Option<&Arc<FramePool>> {
+        match &self.memory {
+            Memory::Frames(pool) => Some(pool),
+            Memory::File(_) | Memory::HugeFile { .. } | Memory::Mapping { .. } => None,
+        }
     }
 
     /// Bytes of memory.
@@ -245,6 +270,20 @@ impl MemoryObject {
         let _ = self.observer.set(observer);
     }
 
+    /// Looks at the marks of past accesses of `frames` in every secondary MMU, or takes them away.
+    ///
+    /// [`Young::Yes`] if one of them has seen an access; else [`Young::Unknown`] if one cannot tell.
+    pub fn age(&self, frames: PfnRange, age: Age) -> Young {
+        let attachments = Arc::clone(&self.attachments());
+        attachments.iter().fold(Young::No, |young, known| {
+            match (young, known.notifier.age(known.hvas(frames), age)) {
+                (Young::Yes, _) | (_, Young::Yes) => Young::Yes,
+                (Young::Unknown, _) | (_, Young::Unknown) => Young::Unknown,
+                (Young::No, Young::No) => Young::No,
+            }
+        })
+    }
+
     /// What was counted so far.
     pub fn stats(&self) -> ObjectStats {
         let page = self.page_size.bytes();
@@ -260,9 +299,10 @@ impl MemoryObject {
         self.store.stats()
     }
 
-    /// Bytes of bookkeeping that every page costs at rest: its word, and the store's index.
+    /// Bytes of bookkeeping that every page costs at rest: its word, the store's index, and its place in a pool.
     pub fn bookkeeping_bytes(&self) -> u64 {
-        size_of_val(&*self.pages) as u64 + self.store_stats().index_bytes
+        let places = self.pool().map_or(0, |pool| pool.bookkeeping_bytes());
+        size_of_val(&*self.pages) as u64 + self.store_stats().index_bytes + places
     }
 
     /// Why the page with this frame was poisoned, if it was.
@@ -320,7 +360,7 @@ impl MemoryObject {
         let broken = match kind {
             Kind::Evict => mutation::active(Mutation::EvictWithoutInvalidation),
             Kind::Discard => mutation::active(Mutation::DiscardWithoutInvalidation),
-            Kind::Protect => false,
+            Kind::Protect | Kind::Migrate => false,
         };
         let attachments = Arc::clone(&self.attachments());
         let token = self.observer.get().map(|observer| observer.beginning(kind, frames));

@@ -1,4 +1,4 @@
-//! Taking pages away: evict, discard, and the checkpoint's protect. Each inside an invalidation.
+//! Taking pages away: evict, discard, migrate, and the checkpoint's protect. Each inside an invalidation.
 //!
 //! Inside, pages are locked a batch at a time: a fault that slipped past the pre-check waits for a batch at most, and
 //! its page does not change between the copy that is stored and the moment when it is freed.
@@ -10,6 +10,7 @@ use rustix::io::Errno;
 
 use super::MemoryObject;
 use super::apart::Work;
+use super::backing::Memory;
 use super::buffer::Buffer;
 use super::pages::{PageLock, PageWord, State};
 use super::stats::Kind;
@@ -182,6 +183,31 @@ impl MemoryObject {
             // It was kept for whoever wants to look into it.
             let _ = self.store.remove(page.start, page.len());
         }
+    }
+
+    /// Moves the resident pages of `frames` to other frames of the pool, as compaction does. A page for which there is no free
+    /// frame stays.
+    ///
+    /// # Errors
+    /// The frames are not whole pages of the object, or the memory is not [pooled](Self::pooled).
+    pub fn migrate(&self, frames: PfnRange) -> Result<Moved, MemoryError> {
+        let Memory::Frames(pool) = &self.memory else { return Err(MemoryError::NotPooled) };
+        let pages = self.pages_of(frames)?;
+        let mut moved = Moved::default();
+        self.invalidating(Kind::Migrate, frames, Zap::Unmap, &mut || {
+            for index in pages.clone() {
+                let page = self.page_at(index);
+                if !self.pages[index].may_be_resident() {
+                    continue;
+                }
+                let lock = self.pages[index].lock();
+                if lock.state() == State::Resident && pool.migrate(page).is_ok() {
+                    moved.frames += page.len();
+                }
+            }
+        });
+        self.counters.moved(Kind::Migrate, moved.frames);
+        Ok(moved)
     }
 
     /// Shows `visit` every page of `frames` as it is at one time: the guest can read meanwhile, and its writes wait.

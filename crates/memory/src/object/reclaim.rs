@@ -13,9 +13,9 @@
 //! finds the budget and one batch more used up calls it itself, so the bound holds without that thread too.
 
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
-use afterimage_mmu::{Age, Pfn, PfnRange};
+use afterimage_mmu::{Age, Pfn, PfnRange, Young};
 
 use super::pages::Clock;
 use super::{MemoryObject, Moved, ObjectOptions};
@@ -103,6 +103,7 @@ impl MemoryObject {
             let window = *hand..count.min(*hand + self.budget.batch as usize);
             *hand = window.end % count;
             scanned += window.len();
+            self.mark_young(window.clone());
             // First those whose mark was taken away a round ago: they are told apart from this round's by having none.
             let moved = match self.hull(window.clone(), Clock::Take) {
                 Some(victims) => self.evict_some(victims, Victims::Unreferenced)?,
@@ -118,6 +119,15 @@ impl MemoryObject {
         Ok(Moved::default())
     }
 
+    /// Marks the pages without a mark that were used all the same: tables with marks of their own see that without a fault.
+    fn mark_young(&self, window: core::ops::Range<usize>) {
+        for index in window.filter(|index| self.pages[*index].clock() == Clock::Take) {
+            if self.age(self.page_at(index), Age::Test) == Young::Yes {
+                self.pages[index].touch_resident();
+            }
+        }
+    }
+
     /// The hull of the window's pages that the hand would treat so.
     fn hull(&self, window: core::ops::Range<usize>, clock: Clock) -> Option<PfnRange> {
         let pages = window.filter(|index| self.pages[*index].clock() == clock);
@@ -129,10 +139,7 @@ impl MemoryObject {
         for page in &self.pages[self.index(frames.start)..=self.index(Pfn::new(frames.end.as_u64() - 1))] {
             page.unmark();
         }
-        let attachments = Arc::clone(&self.attachments());
-        for attachment in attachments.iter() {
-            // Whether it was young is known only when it comes back.
-            let _ = attachment.notifier.age(attachment.hvas(frames), Age::Clear);
-        }
+        // Who was young has been asked already.
+        let _ = self.age(frames, Age::Clear);
     }
 }

@@ -16,11 +16,13 @@ pub enum Kind {
     Discard,
     /// They are write-protected and read for a checkpoint.
     Protect,
+    /// They move to other frames.
+    Migrate,
 }
 
 impl Kind {
     /// All kinds.
-    pub const ALL: [Self; 3] = [Self::Evict, Self::Discard, Self::Protect];
+    pub const ALL: [Self; 4] = [Self::Evict, Self::Discard, Self::Protect, Self::Migrate];
 
     /// Its name, as options and reports have it.
     pub const fn name(self) -> &'static str {
@@ -28,6 +30,7 @@ impl Kind {
             Self::Evict => "evict",
             Self::Discard => "discard",
             Self::Protect => "protect",
+            Self::Migrate => "migrate",
         }
     }
 }
@@ -37,7 +40,7 @@ impl Kind {
 pub struct KindStats {
     /// How many have ended.
     pub count: u64,
-    /// Frames of 4 KiB that they moved (evicted, discarded, or read for the checkpoint).
+    /// Frames of 4 KiB that they moved (evicted, discarded, read for the checkpoint, or given another frame).
     pub frames: u64,
     /// The median of their durations, from the start of begin to the end of end, to two significant digits.
     pub median: Duration,
@@ -49,7 +52,7 @@ pub struct KindStats {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ObjectStats {
     /// By [`Kind`].
-    pub kinds: [KindStats; 3],
+    pub kinds: [KindStats; Kind::ALL.len()],
     /// Frames made resident from the source.
     pub from_source: u64,
     /// Frames made resident from the store.
@@ -81,7 +84,7 @@ struct KindCounters {
 
 #[derive(Debug)]
 pub(crate) struct Counters {
-    kinds: [KindCounters; 3],
+    kinds: [KindCounters; Kind::ALL.len()],
     pub(crate) from_source: AtomicU64,
     pub(crate) from_store: AtomicU64,
     pub(crate) from_zero: AtomicU64,

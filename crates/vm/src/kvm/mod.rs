@@ -57,7 +57,7 @@ impl KvmVm {
     }
 
     fn set_managed(&self, flags: u32) -> Result<(), VmError> {
-        let host = self.memory.host().as_ptr().addr() as u64;
+        let host = self.memory.addresses().start;
         self.set_slot(MANAGED_SLOT, MANAGED_GPA, host, self.memory.bytes() as u64, flags)
     }
 

@@ -34,6 +34,7 @@ impl Absent {
         let mode = match kind {
             GuestKind::Kvm => UserfaultfdFlags::empty(),
             GuestKind::Thread => USER_MODE_ONLY,
+            GuestKind::Soft => unreachable!("its faults do not come through userfaultfd"),
         };
         // SAFETY: no memory is registered with it yet.
         let uffd = match unsafe { userfaultfd(mode | UserfaultfdFlags::CLOEXEC) } {

@@ -1,0 +1,178 @@
+//! What the options of `run` can be set to, by name.
+
+use afterimage_mmu::{Precheck, SequenceScope};
+use afterimage_vm::GuestKind;
+use clap::ValueEnum;
+
+/// The name of a choice, as the command line has it.
+pub(super) fn name(choice: impl ValueEnum) -> String {
+    choice.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum GuestChoice {
+    /// KVM vCPUs
+    Kvm,
+    /// Host threads
+    Thread,
+    /// vCPUs in software, which walk stage-2 tables by themselves
+    Soft,
+}
+
+impl From<GuestChoice> for GuestKind {
+    fn from(choice: GuestChoice) -> Self {
+        match choice {
+            GuestChoice::Kvm => Self::Kvm,
+            GuestChoice::Thread => Self::Thread,
+            GuestChoice::Soft => Self::Soft,
+        }
+    }
+}
+
+/// The stage-2 tables of a software guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum FormatChoice {
+    /// Intel EPT, four levels
+    Ept,
+    /// Intel EPT, five levels
+    Ept5,
+    /// AMD nested paging, four levels
+    Npt,
+    /// AMD nested paging, five levels
+    Npt5,
+    /// Arm VMSAv8-64 stage 2, 40 bits
+    Vmsa,
+    /// RISC-V, three levels
+    Sv39x4,
+    /// RISC-V, four levels
+    Sv48x4,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum PageChoice {
+    #[value(name = "4k")]
+    Small,
+    #[value(name = "2m")]
+    Huge,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum BackingChoice {
+    /// A memory file: a page can lose its mapping and stay
+    Shared,
+    /// Anonymous memory: a page is mapped or gone
+    Anonymous,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum WorkloadChoice {
+    /// Random pages: check the stamp, write the next; asks for discards
+    Stamp,
+    /// Every page in turn
+    Scan,
+    /// A small hot set and a cold tail
+    Hot,
+}
+
+/// What is done to the guest's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+pub(crate) enum InvalidateChoice {
+    /// The host takes pages; they come back as they were
+    Evict,
+    /// The guest gives pages up; they come back as zeros
+    Discard,
+    /// Checkpoints: write-protect, read, release
+    Protect,
+    /// Pages move to other frames (software guests)
+    Migrate,
+    /// The marks of past accesses are taken away (software guests)
+    Age,
+    /// Nothing
+    None,
+}
+
+impl InvalidateChoice {
+    /// Whether it needs tables of our own.
+    pub(super) const fn needs_soft(self) -> bool {
+        matches!(self, Self::Migrate | Self::Age)
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum PrecheckChoice {
+    Both,
+    Before,
+    After,
+    Off,
+}
+
+impl From<PrecheckChoice> for Precheck {
+    fn from(choice: PrecheckChoice) -> Self {
+        match choice {
+            PrecheckChoice::Both => Self::all(),
+            PrecheckChoice::Before => Self::BEFORE_FAULT_IN,
+            PrecheckChoice::After => Self::AFTER_FAULT_IN,
+            PrecheckChoice::Off => Self::empty(),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum SequenceChoice {
+    Region,
+    Global,
+}
+
+impl From<SequenceChoice> for SequenceScope {
+    fn from(choice: SequenceChoice) -> Self {
+        match choice {
+            SequenceChoice::Region => Self::Region,
+            SequenceChoice::Global => Self::Global,
+        }
+    }
+}
+
+/// What becomes of a fault that an invalidation made retry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum AfterRetryChoice {
+    Refault,
+    Park,
+}
+
+/// A safety rule that can be switched off to see that it is missed.
+#[cfg(feature = "mutations")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum BreakChoice {
+    /// The check under the lock always passes
+    VerifyAlwaysFresh,
+    /// A zap leaves out the last frame of each range
+    ZapForgetsLastFrame,
+    /// Discards are not announced
+    DiscardWithoutInvalidation,
+    /// Evictions are not announced
+    EvictWithoutInvalidation,
+    /// What was discarded comes back as it was
+    DiscardKeepsBytes,
+    /// An invalidation begins without a flush (rule F1)
+    BeginWithoutFlush,
+    /// A zap gives the lock up without a flush (rule F2)
+    YieldWithoutFlush,
+    /// A flush does not wait for the vCPUs that it kicks
+    KickWithoutAck,
+}
+
+#[cfg(feature = "mutations")]
+impl From<BreakChoice> for afterimage_mmu::mutation::Mutation {
+    fn from(choice: BreakChoice) -> Self {
+        match choice {
+            BreakChoice::VerifyAlwaysFresh => Self::VerifyAlwaysFresh,
+            BreakChoice::ZapForgetsLastFrame => Self::ZapForgetsLastFrame,
+            BreakChoice::DiscardWithoutInvalidation => Self::DiscardWithoutInvalidation,
+            BreakChoice::EvictWithoutInvalidation => Self::EvictWithoutInvalidation,
+            BreakChoice::DiscardKeepsBytes => Self::DiscardKeepsBytes,
+            BreakChoice::BeginWithoutFlush => Self::BeginWithoutFlush,
+            BreakChoice::YieldWithoutFlush => Self::YieldWithoutFlush,
+            BreakChoice::KickWithoutAck => Self::KickWithoutAck,
+        }
+    }
+}

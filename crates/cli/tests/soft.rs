@@ -1,0 +1,113 @@
+//! Short runs on software vCPUs, in every format: they need no KVM, no userfaultfd and no privilege.
+
+mod command;
+
+use serde_json::{Value, json};
+
+use command::{Run, afterimage, alone, run, to_end};
+
+const FORMATS: [&str; 7] = ["ept", "ept5", "npt", "npt5", "vmsa", "sv39x4", "sv48x4"];
+/// Memory so small that a second of a slow build is enough to go around it many times.
+const SMALL: [&str; 4] = ["--memory", "8m", "--resident", "1m"];
+/// All that can be done to the memory.
+const ALL: &str = "evict,discard,protect,migrate,age";
+
+/// Runs a software guest with `options` and checks what holds for every good run.
+#[track_caller]
+fn good(options: &[&str], echoed: Value) -> Run {
+    let run = run(["--guest", "soft", "--duration", "600ms"].iter().chain(options));
+    assert_eq!(run.ended.code(), 0, "{:?}", run.ended);
+    assert_eq!((run.number("/wrong_pages"), run.failures()), (0, vec![]));
+    assert_eq!(run.json["guest"], "soft");
+    assert!(run.number("/accesses") > 0 && run.number("/faults/fixed") > 0, "{:#}", run.json);
+    assert_eq!(run.number("/faults/failed"), 0, "{:#}", run.json);
+    let (budget, batch) = (run.number("/resident_bytes/budget"), run.number("/resident_bytes/batch"));
+    assert!(run.number("/resident_bytes/peak") <= budget + batch, "{}", run.json["resident_bytes"]);
+    assert!(run.json["memory"]["bookkeeping_bytes_per_frame"].as_f64().is_some_and(|bytes| bytes <= 16.0));
+    for (name, value) in echoed.as_object().expect("options by name") {
+        assert_eq!(run.json["options"][name], *value, "--{name} is echoed");
+    }
+    run
+}
+
+#[test]
+fn every_format_reads_what_it_must() {
+    let _alone = alone();
+    let mut discards = 0;
+    for format in FORMATS {
+        let memory = ["--memory", "4m", "--resident", "2m", "--pressure", "1000"];
+        let options: Vec<_> = memory.into_iter().chain(["--format", format, "--invalidate", ALL]).collect();
+        let run =
+            good(&options, json!({ "format": format, "page_size": "4k", "backing": null, "uffds": null }));
+        for kind in ["evict", "protect"] {
+            assert!(run.number(&format!("/invalidations/{kind}/count")) > 0, "{kind}: {:#}", run.json);
+        }
+        discards += run.number("/invalidations/discard/count");
+        assert!(run.number("/flushes") > 0, "{:#}", run.json);
+        // Hardware without marks of its own leaves them to the engine, which needs no lock for that.
+        let marks = matches!(format, "vmsa" | "sv39x4" | "sv48x4");
+        assert_eq!(run.number("/faults/fast") > 0, marks, "{format}: {:#}", run.json["faults"]);
+    }
+    assert!(discards > 0, "in none of the runs was anything discarded");
+}
+
+#[test]
+fn every_workload_reads_what_it_must() {
+    let _alone = alone();
+    for workload in ["stamp", "scan", "hot"] {
+        let options: Vec<_> = SMALL.into_iter().chain(["--workload", workload]).collect();
+        let run = good(&options, json!({ "workload": workload, "format": "npt" }));
+        assert!(run.number("/memory/from_store_frames") > 0, "pages went and came back: {:#}", run.json);
+    }
+}
+
+#[test]
+fn huge_pages_need_no_pool() {
+    let _alone = alone();
+    for format in ["ept", "sv39x4"] {
+        let options = ["--page-size", "2m", "--memory", "16m", "--resident", "8m", "--format", format];
+        let run = good(&options, json!({ "page_size": "2m" }));
+        assert_eq!(run.number("/zapped_frames") % 512, 0);
+        assert!(run.number("/zapped_frames") > 0, "{:#}", run.json);
+    }
+}
+
+#[test]
+fn faults_are_parked_or_let_go() {
+    let _alone = alone();
+    for after_retry in ["park", "refault"] {
+        let options: Vec<_> =
+            SMALL.into_iter().chain(["--after-retry", after_retry, "--vcpus", "3"]).collect();
+        good(&options, json!({ "after_retry": after_retry, "vcpus": 3 }));
+    }
+}
+
+#[test]
+fn pages_migrate_while_they_are_in_use() {
+    let _alone = alone();
+    let options = ["--memory", "2m", "--resident", "2m", "--workload", "hot", "--invalidate", "migrate"];
+    let mut moved = 0;
+    for seed in ["1", "2", "3", "4"] {
+        let options: Vec<_> = options.into_iter().chain(["--pressure", "5000", "--seed", seed]).collect();
+        moved += good(&options, json!({ "invalidate": ["migrate"] })).number("/invalidations/migrate/frames");
+    }
+    assert!(moved > 0, "in none of the runs did a page move");
+}
+
+#[test]
+fn options_of_other_guests_are_refused() {
+    let refused = |options: &[&str], why: &str| {
+        let ended = to_end(afterimage().arg("run").args(options));
+        assert_eq!(ended.code(), 2, "{ended:?}");
+        assert!(ended.stderr.contains(why), "{ended:?}");
+    };
+    for option in [["--uffds", "1"], ["--workers", "2"], ["--backing", "shared"]] {
+        refused(&["--guest", "soft", option[0], option[1]], "userfaultfd");
+    }
+    refused(&["--guest", "thread", "--format", "ept"], "--format is for the tables of --guest soft");
+    refused(
+        &["--guest", "thread", "--invalidate", "migrate"],
+        "--invalidate migrate is only for --guest soft",
+    );
+    refused(&["--invalidate", "evict,age"], "--invalidate age is only for --guest soft");
+}
