@@ -92,7 +92,7 @@ pub struct GuestMmu<S: SecondaryMmu> {
     secondary: S,
     policy: Policy,
     slots: CachePadded<AtomicPtr<SlotSet>>,
-    updates: Shared<S::Platform, ()>,
+    pub(crate) updates: Shared<S::Platform, ()>,
     /// Bumped by every end, for those who wait for one. Bit 0: someone does.
     ended: CachePadded<ParkWord>,
     released: AtomicU32,
@@ -302,7 +302,7 @@ impl<S: SecondaryMmu> GuestMmu<S> {
 
     fn zap_slot(&self, slot: &Memslot) {
         let mut walk = ZapWalk::start(self, Blocking::Allowed);
-        self.secondary.zap(slot, slot.gfns(), Zap::Unmap, &mut walk);
+        self.secondary.zap_slot(slot, &mut walk);
         walk.finish();
     }
 }

@@ -2,7 +2,7 @@
 
 use core::fmt;
 
-use crate::addr::{Gfn, GfnRange, HvaRange, Pfn};
+use crate::addr::{Gfn, GfnRange, HvaRange, PageSize, Pfn};
 use crate::intent::{Walker, Walking};
 use crate::invalidation::{Fresh, MachineId, Snapshot};
 use crate::platform::Platform;
@@ -106,6 +106,11 @@ pub trait PageRef {
 
     /// Whether the guest may write it.
     fn is_writable(&self) -> bool;
+
+    /// The largest aligned block around it that is contiguous, as writable as it is, and only ever invalidated as a whole.
+    fn block(&self) -> PageSize {
+        PageSize::Size4K
+    }
 
     /// Gives the reference back.
     fn release(self, used: PageUse);
@@ -303,8 +308,23 @@ pub trait SecondaryMmu: Sized + Send + Sync {
     /// Removes (or write-protects) every translation of `gfns` of `slot`, entry by entry, reporting to `walk`.
     fn zap(&self, slot: &Memslot, gfns: GfnRange, zap: Zap, walk: &mut ZapWalk<'_, Self>);
 
-    /// Frees tables that a zap unlinked and gave to [`ZapWalk::retire`]: nobody can reach them any more.
-    fn free_tables(&self, _tables: Retired) {}
+    /// Removes every translation of `slot`, which goes or moves: tables that were there for it alone may go, too.
+    fn zap_slot(&self, slot: &Memslot, walk: &mut ZapWalk<'_, Self>) {
+        self.zap(slot, slot.gfns(), Zap::Unmap, walk);
+    }
+
+    /// Maps every frame of `gfns` of `slot` singly that a larger page maps, without anyone noticing. `false`: there is no
+    /// memory for the tables, and some are left.
+    fn split_large(&self, _slot: &Memslot, _gfns: GfnRange, _walk: &mut ZapWalk<'_, Self>) -> bool {
+        true
+    }
+
+    /// Maps frames of `gfns` of `slot` by larger pages again that are mapped singly and could be, without anyone
+    /// noticing.
+    fn recover_large(&self, _slot: &Memslot, _gfns: GfnRange, _walk: &mut ZapWalk<'_, Self>) {}
+
+    /// Frees tables that a zap unlinked and gave to [`Steps::retire`](crate::Steps::retire): nobody can reach them any more.
+    fn free_tables(&self, _tables: Retired<Self>) {}
 
     /// Makes every CPU forget what was zapped in `gfns`. The default asks all vCPUs and waits for those in the guest.
     fn flush(&self, gfns: GfnRange, vcpus: &VcpuWords<Self::Platform>) {

@@ -196,6 +196,7 @@ mod guest_mmu;
 mod host;
 mod intent;
 mod invalidation;
+mod large;
 mod lock;
 #[cfg(all(loom, test))]
 mod loom_tests;
@@ -227,4 +228,4 @@ pub use slots::{MAX_SPACES, Memslot, SlotError, SlotFlags, SlotId, SlotSet, Slot
 pub use stats::{FaultStats, InvalidationStats};
 pub use sync::ParkWord;
 pub use vcpu::{Requests, VcpuWords};
-pub use zap::{Retired, Walk, ZapWalk, Zapped};
+pub use zap::{Retired, Steps, Turn, Walk, ZapWalk, Zapped};

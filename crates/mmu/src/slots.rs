@@ -175,6 +175,9 @@ pub enum SlotError {
         /// Its length in frames.
         frames: u64,
     },
+    /// There is no memory for what was asked; it is done in part.
+    #[error("there is no memory for the tables of memslot {}", .0.0)]
+    NoMemory(SlotId),
     /// The guest frames belong to another slot.
     #[error("memslot {} would overlap memslot {}", .id.0, .other.0)]
     Overlap {

@@ -13,6 +13,7 @@
 //!
 //! Source: Linux `tdp_mmu_iter_cond_resched`, `kvm_tdp_mmu_unmap_gfn_range`.
 
+use core::marker::PhantomData;
 use core::{fmt, mem};
 
 use crate::addr::{GfnRange, Pfn};
@@ -48,16 +49,23 @@ pub enum Walk {
 /// Table pages that one walk keeps until they can be freed: nothing allocates under the lock.
 const RETIRED: usize = 64;
 
-/// Table pages that a zap has unlinked and that nobody can reach any more.
-#[derive(Debug)]
-pub struct Retired {
+/// Table pages that a zap of `S` has unlinked and that nobody can reach any more.
+pub struct Retired<S> {
     tables: [Pfn; RETIRED],
     count: usize,
+    /// Of these tables and no others: only their own zap could retire a page.
+    of: PhantomData<fn() -> S>,
 }
 
-impl Retired {
+impl<S> fmt::Debug for Retired<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Retired").field(&self.tables()).finish()
+    }
+}
+
+impl<S> Retired<S> {
     fn none() -> Self {
-        Self { tables: [Pfn::new(0); RETIRED], count: 0 }
+        Self { tables: [Pfn::new(0); RETIRED], count: 0, of: PhantomData }
     }
 
     /// Their frames.
@@ -73,7 +81,7 @@ pub struct ZapWalk<'m, S: SecondaryMmu> {
     blocking: Blocking,
     yielding: YieldPolicy,
     unflushed: Option<GfnRange>,
-    retired: Retired,
+    retired: Retired<S>,
 }
 
 impl<S: SecondaryMmu> fmt::Debug for ZapWalk<'_, S> {
@@ -105,9 +113,114 @@ impl<'m, S: SecondaryMmu> ZapWalk<'m, S> {
         Self { mmu, guard, blocking, yielding, unflushed: None, retired: Retired::none() }
     }
 
-    /// The right to follow links: the lock is held. Void after a yield.
-    pub fn walking(&self) -> Walking<'_> {
-        self.guard.walking()
+    /// The right to follow links, since the lock is held, and what the steps of the walk are reported to meanwhile.
+    pub fn parts(&mut self) -> (Walking<'_>, Steps<'_, 'm, S>) {
+        let Self { mmu, guard, blocking, yielding, unflushed, retired } = self;
+        let guard = &*guard;
+        let steps = Steps { mmu, guard, blocking: *blocking, yielding: *yielding, unflushed, retired };
+        (guard.walking(), steps)
+    }
+
+    /// One entry, or one batch that the host handles as one, is dealt with: the frames `done`.
+    pub fn step(&mut self, done: GfnRange, zapped: Zapped) -> Walk {
+        match self.parts().1.step(done, zapped) {
+            Turn::GoOn => Walk::GoOn,
+            Turn::GiveWay => {
+                self.give_way();
+                Walk::Restart
+            }
+        }
+    }
+
+    /// Gives the lock up for a moment, when a step said [`Turn::GiveWay`]. What was looked up before is void.
+    pub fn give_way(&mut self) {
+        self.give_way_for(S::Platform::reschedule);
+    }
+
+    /// The same, with something to do while the lock is not held.
+    pub fn give_way_for(&mut self, meanwhile: impl FnOnce()) {
+        if !mutation::active(Mutation::YieldWithoutFlush) {
+            self.parts().1.flush();
+        }
+        let started = S::Platform::now_ns();
+        let (mmu, retired) = (self.mmu, mem::replace(&mut self.retired, Retired::none()));
+        self.guard.bump_with(|| {
+            free(mmu, retired);
+            meanwhile();
+        });
+        let counters = &self.mmu.counters;
+        counters.yields.fetch_add(1, Ordering::Relaxed);
+        counters.lock_wait_ns.fetch_add(S::Platform::now_ns().saturating_sub(started), Ordering::Relaxed);
+    }
+
+    /// Flushes (rule F1), gives up the lock, and frees what was unlinked.
+    pub(crate) fn finish(mut self) {
+        if !mutation::active(Mutation::BeginWithoutFlush) {
+            self.parts().1.flush();
+        }
+        let Self { mmu, guard, retired, .. } = self;
+        drop(guard);
+        free(mmu, retired);
+    }
+}
+
+/// Whether a walk may keep what it looked up.
+#[must_use = "a walk that does not give way holds up who waits for the lock"]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// It goes on from where it is.
+    GoOn,
+    /// It is to call [`ZapWalk::give_way`] and to begin again behind the last step.
+    GiveWay,
+}
+
+/// What the steps of a zap did, and what is owed for them. See [`ZapWalk::parts`].
+pub struct Steps<'w, 'm, S: SecondaryMmu> {
+    mmu: &'m GuestMmu<S>,
+    guard: &'w MmuWriteGuard<'m, S::Platform>,
+    blocking: Blocking,
+    yielding: YieldPolicy,
+    unflushed: &'w mut Option<GfnRange>,
+    retired: &'w mut Retired<S>,
+}
+
+impl<S: SecondaryMmu> fmt::Debug for Steps<'_, '_, S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Steps").field("unflushed", &self.unflushed).finish_non_exhaustive()
+    }
+}
+
+impl<S: SecondaryMmu> Steps<'_, '_, S> {
+    /// One entry is dealt with: the frames `done`.
+    pub fn step(&mut self, done: GfnRange, zapped: Zapped) -> Turn {
+        let counters = &self.mmu.counters;
+        match zapped {
+            Zapped::Nothing => {}
+            Zapped::Unflushed(frames) => {
+                counters.zapped_frames.fetch_add(frames, Ordering::Relaxed);
+                self.owe(done);
+            }
+            Zapped::Flushed(frames) => {
+                counters.zapped_frames.fetch_add(frames, Ordering::Relaxed);
+                counters.flushes.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        let is_full = self.retired.count == RETIRED;
+        if is_full || !done.is_empty() && self.is_break_wanted() { Turn::GiveWay } else { Turn::GoOn }
+    }
+
+    fn is_break_wanted(&self) -> bool {
+        match self.yielding {
+            YieldPolicy::OnContention => self.guard.is_contended() || S::Platform::resched_wanted(),
+            YieldPolicy::OnResched => S::Platform::resched_wanted(),
+            YieldPolicy::Never => false,
+        }
+    }
+
+    /// Whether an invalidation is active that covers a frame of `gfns`: then nothing may be mapped there that is not
+    /// mapped already. The answer holds as long as the lock is not given up.
+    pub fn is_covered(&self, gfns: GfnRange) -> bool {
+        self.mmu.invalidations().covers(gfns)
     }
 
     /// Table pages that [`retire`](Self::retire) still takes before the next step. An invalidation that may not block
@@ -132,74 +245,26 @@ impl<'m, S: SecondaryMmu> ZapWalk<'m, S> {
     }
 
     fn owe(&mut self, gfns: GfnRange) {
-        self.unflushed = Some(self.unflushed.map_or(gfns, |owed| owed.hull(gfns)));
+        *self.unflushed = Some(self.unflushed.map_or(gfns, |owed| owed.hull(gfns)));
     }
 
-    /// One entry, or one batch that the host handles as one, is dealt with: the frames `done`.
-    pub fn step(&mut self, done: GfnRange, zapped: Zapped) -> Walk {
-        let counters = &self.mmu.counters;
-        match zapped {
-            Zapped::Nothing => {}
-            Zapped::Unflushed(frames) => {
-                counters.zapped_frames.fetch_add(frames, Ordering::Relaxed);
-                self.owe(done);
-            }
-            Zapped::Flushed(frames) => {
-                counters.zapped_frames.fetch_add(frames, Ordering::Relaxed);
-                counters.flushes.fetch_add(1, Ordering::Relaxed);
-            }
-        }
-        if self.retired.count < RETIRED && (done.is_empty() || !self.is_break_wanted()) {
-            return Walk::GoOn;
-        }
-        self.give_way();
-        Walk::Restart
-    }
-
-    fn is_break_wanted(&self) -> bool {
-        match self.yielding {
-            YieldPolicy::OnContention => self.guard.is_contended() || S::Platform::resched_wanted(),
-            YieldPolicy::OnResched => S::Platform::resched_wanted(),
-            YieldPolicy::Never => false,
-        }
-    }
-
-    fn give_way(&mut self) {
-        if !mutation::active(Mutation::YieldWithoutFlush) {
-            self.flush();
-        }
-        let started = S::Platform::now_ns();
-        let (mmu, retired) = (self.mmu, mem::replace(&mut self.retired, Retired::none()));
-        self.guard.bump_with(|| {
-            free(mmu, retired);
-            S::Platform::reschedule();
-        });
-        let counters = &self.mmu.counters;
-        counters.yields.fetch_add(1, Ordering::Relaxed);
-        counters.lock_wait_ns.fetch_add(S::Platform::now_ns().saturating_sub(started), Ordering::Relaxed);
+    /// Makes every CPU forget `gfns` now: where an entry must be broken before it is made, there is no putting it off.
+    pub fn flush_now(&mut self, gfns: GfnRange) {
+        self.owe(gfns);
+        self.flush();
     }
 
     /// Pays what is owed. The lock is still held.
-    pub(crate) fn flush(&mut self) {
+    fn flush(&mut self) {
         if let Some(owed) = self.unflushed.take() {
             self.mmu.counters.flushes.fetch_add(1, Ordering::Relaxed);
             self.mmu.secondary().flush(owed, &self.mmu.vcpus);
         }
     }
-
-    /// Flushes (rule F1), gives up the lock, and frees what was unlinked.
-    pub(crate) fn finish(mut self) {
-        if !mutation::active(Mutation::BeginWithoutFlush) {
-            self.flush();
-        }
-        let Self { mmu, guard, retired, .. } = self;
-        drop(guard);
-        free(mmu, retired);
-    }
 }
 
 /// Frees tables that were unlinked and flushed (rule F3). The lock is not held: those who are waited for may want it.
-fn free<S: SecondaryMmu>(mmu: &GuestMmu<S>, retired: Retired) {
+fn free<S: SecondaryMmu>(mmu: &GuestMmu<S>, retired: Retired<S>) {
     if retired.count > 0 {
         mmu.vcpus.quiesce();
         mmu.secondary().free_tables(retired);

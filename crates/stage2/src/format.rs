@@ -211,6 +211,10 @@ pub trait Format: sealed::Sealed + Copy + core::fmt::Debug + Default + Send + Sy
     const HAS_DIRTY: bool;
     /// Whether a leaf that was not used is hidden from hardware, for want of an A bit.
     const HIDES_UNUSED: bool = false;
+    /// Whether an entry that changes between a large leaf and a table must be broken first: made to say nothing, and
+    /// every CPU made to forget it, before it says the new thing. Elsewhere it may go over in one exchange, as long as
+    /// both say the same.
+    const BREAK_BEFORE_MAKE: bool = false;
     /// The word of an entry that says nothing.
     const ABSENT: u64 = 0;
     /// The word of an entry that a thread owns in mid-change.

@@ -13,6 +13,7 @@ use afterimage_mmu::{Age, Gfn, GfnRange, Level};
 
 use crate::format::{Entry, Format, Leaf, Writable};
 use crate::memory::TableMemory;
+use crate::mutation::{self, Mutation};
 use crate::sync::{AtomicU64, Ordering};
 use crate::tables::{TableRef, Tables, entry_block};
 
@@ -28,6 +29,7 @@ pub enum Step<'t, F: Format> {
 /// A walk over the leaves of a range. See [`Tables::leaves`].
 pub struct Leaves<'t, F: Format, M: TableMemory> {
     tables: &'t Tables<F, M>,
+    range: GfnRange,
     at: Gfn,
     end: Gfn,
     /// The table that was left last, and the end of what it translates.
@@ -44,30 +46,46 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
     /// Walks over the leaves of `gfns`, those that overlap its ends too.
     pub fn leaves(&self, gfns: GfnRange) -> Leaves<'_, F, M> {
         let part = gfns.intersection(self.reach());
-        Leaves { tables: self, at: part.start, end: part.end, inside: None }
+        Leaves { tables: self, range: part, at: part.start, end: part.end, inside: None }
     }
 
     /// Takes every leaf of `gfns` away; how many frames they mapped. The caller flushes.
     pub fn zap(&self, gfns: GfnRange) -> u64 {
-        self.leaves(gfns)
-            .filter_map(|step| match step {
-                Step::Leaf(leaf) => leaf.take_away(),
-                Step::Gap(_) => None,
-            })
-            .map(|leaf| leaf.size.frames())
-            .sum()
+        let mut zapped = 0;
+        self.change_each(gfns, |entry| entry.take_away(), |leaf| zapped += leaf.size.frames());
+        zapped
     }
 
     /// Leaves no leaf of `gfns` writable: each becomes `left` at most. How many frames were writable. The caller flushes.
     pub fn write_protect(&self, gfns: GfnRange, left: Writable) -> u64 {
-        self.leaves(gfns)
-            .filter_map(|step| match step {
-                Step::Leaf(leaf) => leaf.write_protect(left),
-                Step::Gap(_) => None,
-            })
-            .filter(|leaf| leaf.writable.is_allowed())
-            .map(|leaf| leaf.size.frames())
-            .sum()
+        let mut protected = 0;
+        self.change_each(
+            gfns,
+            |entry| entry.write_protect(left),
+            |leaf| protected += if leaf.writable.is_allowed() { leaf.size.frames() } else { 0 },
+        );
+        protected
+    }
+
+    /// Changes leaf after leaf, and waits where one is frozen; `did` is told what each said before.
+    fn change_each(
+        &self,
+        gfns: GfnRange,
+        change: impl Fn(&LeafEntry<'_, F>) -> Change,
+        mut did: impl FnMut(Leaf),
+    ) {
+        let mut leaves = self.leaves(gfns);
+        while let Some(step) = leaves.next() {
+            let Step::Leaf(entry) = step else { continue };
+            match change(&entry) {
+                Change::Did(leaf) => did(leaf),
+                Change::Gone => {}
+                Change::Frozen => {
+                    crate::sync::spin();
+                    leaves.look_again(entry.gfns());
+                }
+            }
+        }
     }
 
     /// Whether any leaf of `gfns` was used since its mark was taken away; `Age::Clear` takes the marks away.
@@ -84,6 +102,14 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
             }
         }
         young
+    }
+}
+
+impl<F: Format, M: TableMemory> Leaves<'_, F, M> {
+    /// Goes back to the frames of the last step, and down from the root again: the entry was frozen.
+    pub fn look_again(&mut self, gfns: GfnRange) {
+        self.at = self.range.intersection(gfns).start;
+        self.inside = None;
     }
 }
 
@@ -109,6 +135,7 @@ impl<'t, F: Format, M: TableMemory> Iterator for Leaves<'t, F, M> {
                 continue;
             }
             match place.said() {
+                Entry::Frozen if mutation::active(Mutation::ZapSkipsFrozen) => self.at = here.end,
                 Entry::Leaf(_) | Entry::Frozen => {
                     if gap.is_some() {
                         break;
@@ -132,7 +159,19 @@ impl<'t, F: Format, M: TableMemory> Iterator for Leaves<'t, F, M> {
     }
 }
 
-/// An entry that held a leaf when the walk came by.
+/// What became of a change of a leaf.
+#[must_use = "a frozen entry is to be looked at again"]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// It took place; what the leaf said before, with every mark that was set by then.
+    Did(Leaf),
+    /// It is a leaf no more.
+    Gone,
+    /// Its owner is in mid-change: look again, from the root ([`Leaves::look_again`]).
+    Frozen,
+}
+
+/// An entry that held a leaf, or was frozen, when the walk came by.
 pub struct LeafEntry<'t, F: Format> {
     entry: &'t AtomicU64,
     level: Level,
@@ -152,7 +191,7 @@ impl<F: Format> LeafEntry<'_, F> {
         self.gfns
     }
 
-    /// What it says now; `None` if it is a leaf no more.
+    /// What it says now; `None` if it is no leaf.
     pub fn leaf(&self) -> Option<Leaf> {
         match F::decode(self.entry.load(Ordering::Acquire), self.level) {
             Entry::Leaf(leaf) => Some(leaf),
@@ -160,15 +199,21 @@ impl<F: Format> LeafEntry<'_, F> {
         }
     }
 
-    /// Takes the leaf away; what it said last, with every mark that was set by then. `None`: someone else did, first.
-    pub fn take_away(&self) -> Option<Leaf> {
+    /// Takes the leaf away.
+    pub fn take_away(&self) -> Change {
         self.change(|_| None)
     }
 
-    /// Leaves at most `left` of the permission to write; what it said before. `None`: it is a leaf no more.
-    pub fn write_protect(&self, left: Writable) -> Option<Leaf> {
+    /// Leaves at most `left` of the permission to write.
+    pub fn write_protect(&self, left: Writable) -> Change {
         debug_assert!(!left.is_allowed());
         self.change(|leaf| Some(Leaf { writable: leaf.writable.min(left), ..leaf }))
+    }
+
+    /// Takes the mark of a past write away, where the format has one.
+    pub fn clean(&self) -> Change {
+        debug_assert!(F::HAS_DIRTY);
+        self.change(|leaf| Some(Leaf { writable: leaf.writable.min(Writable::Clean), ..leaf }))
     }
 
     /// Whether it was used since its mark was taken away; `Age::Clear` takes it away, if nobody changes the entry at
@@ -186,28 +231,23 @@ impl<F: Format> LeafEntry<'_, F> {
     }
 
     /// Replaces the leaf by what `next` makes of it (`None`: nothing), however often hardware marks it meanwhile.
-    fn change(&self, next: impl Fn(Leaf) -> Option<Leaf>) -> Option<Leaf> {
+    fn change(&self, next: impl Fn(Leaf) -> Option<Leaf>) -> Change {
         let mut raw = self.entry.load(Ordering::Acquire);
         loop {
             let leaf = match F::decode(raw, self.level) {
                 Entry::Leaf(leaf) => leaf,
-                Entry::Frozen => {
-                    // Its owner is in mid-change and holds no lock that we could hold: it publishes soon.
-                    core::hint::spin_loop();
-                    raw = self.entry.load(Ordering::Acquire);
-                    continue;
-                }
-                _ => return None,
+                Entry::Frozen => return Change::Frozen,
+                _ => return Change::Gone,
             };
             let new = match next(leaf) {
-                Some(new) if new == leaf => return Some(leaf),
+                Some(new) if new == leaf => return Change::Did(leaf),
                 Some(new) => {
                     F::encode_leaf(new).expect("a decoded leaf can be encoded with fewer permissions")
                 }
                 None => F::ABSENT,
             };
             match self.entry.compare_exchange(raw, new, Ordering::AcqRel, Ordering::Acquire) {
-                Ok(_) => return Some(leaf),
+                Ok(_) => return Change::Did(leaf),
                 Err(now) => raw = now,
             }
         }

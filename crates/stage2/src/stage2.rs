@@ -2,32 +2,37 @@
 //!
 //! # What protects what
 //!
-//! The engine calls `map` with a verdict that its witness keeps true, `zap` and `flush` with `mmu_lock` held for write,
-//! `fast_fault` and `age` with nothing. The tables take all of them at once; what the witness adds is that no install
-//! can slip behind a zap.
+//! The engine calls `map` with a verdict that its witness keeps true, what zaps, splits and recovers with `mmu_lock` held
+//! for write, `fast_fault` and `age` with nothing but a section that keeps tables from being freed. The tables take all
+//! of them at once; what the witness adds is that no install can slip behind a zap.
 //!
 //! | from the engine | on the entries |
 //! |---|---|
-//! | `map` | absent to leaf, or more permission for the same frame |
+//! | `map` | absent to leaf, or more permission for the same frame; a large leaf is split if only a part gains |
 //! | `fast_fault` | more permission for a present leaf: loses to any zap, so needs no verdict |
-//! | `zap`, unmap | leaf to absent; the engine flushes before it gives up the lock |
-//! | `zap`, write-protect | a 4 KiB leaf to `Never`, so that the next write asks the primary MMU; a large leaf to absent, so that its frames come back singly where writes are logged |
+//! | `zap` | leaf to absent; or write-protected, see `stage2/zap.rs` |
+//! | `zap_slot` | the same, and tables that are within the slot are unlinked and freed |
+//! | `split_large`, `recover_large` | a large leaf to a table, and back |
 //! | `age` | the mark away |
 //!
 //! A frame whose content is lost stays absent: every access of it faults, and the primary MMU says so again each time. A
 //! vCPU whose hardware caches translations that forbid (Arm, RISC-V) forgets its own for the address when a fault on a
 //! present entry is fixed, by anyone.
 
+mod large;
+mod size;
+mod zap;
+
 use alloc::boxed::Box;
 use core::fmt;
 
 use afterimage_mmu::{
-    Access, Age, FRAME_BYTES, FastFault, Fault, FaultKind, Fresh, Gfn, GfnRange, Mapped, Memslot, PageRef,
-    PageSize, Pfn, Platform, SecondaryMmu, SlotFlags, Walk, Walker, Walking, Young, Zap, ZapWalk, Zapped,
+    Access, Age, CachedMmio, FastFault, Fault, FaultKind, Found, Fresh, Gfn, GfnRange, MachineId, Mapped,
+    Memslot, PageRef, PageSize, Pfn, Platform, Retired, SecondaryMmu, SlotFlags, SpaceId, Walker, Walking,
+    Young, Zap, ZapWalk,
 };
 
 use crate::format::{Execute, Format, Leaf, MemoryType, Writable};
-use crate::leaves::Step;
 use crate::memory::{TableCache, TableMemory};
 use crate::tables::{MapError, Tables};
 
@@ -45,12 +50,57 @@ pub trait Host: Send + Sync {
 
     /// An invalidation has ended.
     fn invalidation_ended(&self) {}
+
+    /// What [`PageRef::block`] says of the page at `pfn`, which is mapped: asked with `mmu_lock` held, while no invalidation
+    /// of the frame is active, when frames that are mapped singly could be mapped by a larger page.
+    fn block(&self, _pfn: Pfn) -> PageSize {
+        PageSize::Size4K
+    }
+
+    /// Whether some frames of `gfns` are private and some shared, so that no one leaf may map them all. Asked under the
+    /// witness: whoever changes an attribute does so within an invalidation of every block around it.
+    fn is_mixed(&self, _space: SpaceId, _gfns: GfnRange) -> bool {
+        false
+    }
+}
+
+/// Whether a large page may be fetched from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LargeExecute {
+    /// It may.
+    #[default]
+    Allowed,
+    /// Never: a fetch maps its frame singly (for CPUs that a guest could stop otherwise; KVM: NX huge pages).
+    Never,
+}
+
+/// What large pages are used for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LargePages {
+    /// The largest that is mapped as one, where slot and page allow it.
+    pub largest: PageSize,
+    /// Fetching from them.
+    pub execute: LargeExecute,
+}
+
+impl LargePages {
+    /// Up to `largest`, executable.
+    pub const fn up_to(largest: PageSize) -> Self {
+        Self { largest, execute: LargeExecute::Allowed }
+    }
+}
+
+impl From<PageSize> for LargePages {
+    fn from(largest: PageSize) -> Self {
+        Self::up_to(largest)
+    }
 }
 
 /// One virtual machine's stage-2 tables, in format `F`: for a [`GuestMmu`](afterimage_mmu::GuestMmu).
 pub struct Stage2<F: Format, H: Host> {
     spaces: Box<[Tables<F, H::Memory>]>,
-    backing: PageSize,
+    machine: Option<MachineId>,
+    large: LargePages,
     host: H,
 }
 
@@ -58,39 +108,43 @@ impl<F: Format, H: Host> fmt::Debug for Stage2<F, H> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Stage2")
             .field("spaces", &self.spaces)
-            .field("backing", &self.backing)
+            .field("large", &self.large)
             .finish_non_exhaustive()
     }
 }
 
 impl<F: Format, H: Host> Stage2<F, H> {
     /// Empty tables for `spaces` address spaces; `None` if there is no memory for their roots.
-    ///
-    /// `backing` is a promise of the primary MMU: an aligned block of that size, where its frame is congruent to its
-    /// address, is contiguous, as writable as its page that faulted, and invalidated as a whole. `Size4K` promises nothing.
-    pub fn new(host: H, memory: H::Memory, spaces: u16, backing: PageSize) -> Option<Self> {
+    pub fn new(host: H, memory: H::Memory, spaces: u16, large: impl Into<LargePages>) -> Option<Self> {
         let spaces = (0..spaces).map(|_| Tables::new(memory.clone())).collect::<Option<_>>()?;
-        Some(Self { spaces, backing: backing.min(F::LARGEST_LEAF), host })
+        let large = large.into();
+        let large = LargePages { largest: large.largest.min(F::LARGEST_LEAF), ..large };
+        Some(Self { spaces, machine: None, large, host })
     }
 
-    /// The tables of address space `space`.
-    pub fn tables(&self, space: afterimage_mmu::SpaceId) -> Option<&Tables<F, H::Memory>> {
+    /// The tables of address space `space`, as long as `walking` keeps what is linked in them from being freed.
+    ///
+    /// # Panics
+    /// If `walking` belongs to another virtual machine.
+    #[inline]
+    pub fn tables<'w>(&'w self, space: SpaceId, walking: Walking<'w>) -> Option<&'w Tables<F, H::Memory>> {
+        assert!(self.machine == Some(walking.machine()), "the right to walk another machine's tables");
         self.spaces.get(usize::from(space.0))
+    }
+
+    /// The first frame of the root of address space `space`, for the register that hardware walks from.
+    pub fn root(&self, space: SpaceId) -> Option<Pfn> {
+        self.spaces.get(usize::from(space.0)).map(Tables::root)
     }
 
     /// The host.
     pub fn host(&self) -> &H {
         &self.host
     }
-
-    /// The size of an aligned block that a slot's frames have, from the largest that may be mapped at once.
-    fn sizes(&self, slot: &Memslot) -> impl Iterator<Item = PageSize> + use<F, H> {
-        let largest = if slot.flags.contains(SlotFlags::LOG_DIRTY) { PageSize::Size4K } else { self.backing };
-        [PageSize::Size1G, PageSize::Size2M].into_iter().filter(move |size| *size <= largest)
-    }
 }
 
 /// What the fault asks of a leaf, and the page allows.
+#[inline]
 fn writable<R: PageRef>(slot: &Memslot, fault: &Fault, page: &R) -> Writable {
     if !page.is_writable() {
         Writable::Never
@@ -111,29 +165,32 @@ impl<F: Format, H: Host> SecondaryMmu for Stage2<F, H> {
     type Cache = TableCache<H::Memory>;
     type Error = MapError;
 
+    fn attach(&mut self, machine: MachineId) {
+        self.machine = Some(machine);
+    }
+
+    #[inline]
     fn block(&self, slot: &Memslot, gfn: Gfn) -> GfnRange {
-        self.sizes(slot)
-            .map(|size| (size, gfn.block(size)))
-            .find(|(size, block)| {
-                slot.gfns().covers(*block)
-                    && slot.hva_of(block.start).as_u64().is_multiple_of(size.frames() * FRAME_BYTES)
-            })
-            .map_or(GfnRange::frame(gfn), |(_, block)| block)
+        self.largest_block(slot, gfn)
     }
 
     fn fast_fault(&self, slot: &Memslot, fault: &Fault, walker: &mut Walker<'_, H::Platform>) -> FastFault {
-        let Some(tables) = self.tables(slot.space) else { return FastFault::NotApplicable };
-        if fault.kind == FaultKind::Prefetch {
+        // Nothing to upgrade where nothing is; but a page that is hidden looks like that, too.
+        if fault.kind == FaultKind::Prefetch || fault.found == Found::Absent && !F::HIDES_UNUSED {
             return FastFault::NotApplicable;
         }
-        let _section = walker.walk();
+        let section = walker.walk();
+        let Some(tables) = self.tables(slot.space, section.walking()) else {
+            return FastFault::NotApplicable;
+        };
+        let logs = slot.flags.contains(SlotFlags::LOG_DIRTY);
         let upgraded = tables.upgrade_present(fault.gfn, |leaf| {
             let writable = match leaf.writable {
                 now if !fault.is_write() => now,
-                Writable::Clean | Writable::Dirty => Writable::Dirty,
-                // To be recorded in the log first.
-                Writable::Protected if slot.flags.contains(SlotFlags::LOG_DIRTY) => return None,
-                Writable::Protected => Writable::Dirty,
+                // To be mapped singly first.
+                _ if logs && leaf.size > PageSize::Size4K => return None,
+                // The engine records it in the log.
+                Writable::Clean | Writable::Dirty | Writable::Protected => Writable::Dirty,
                 Writable::Never | Writable::HostOnly => return None,
             };
             if fault.access.contains(Access::EXEC) && leaf.execute != Execute::Always {
@@ -163,71 +220,81 @@ impl<F: Format, H: Host> SecondaryMmu for Stage2<F, H> {
         page: &Self::Page,
         cache: &mut Self::Cache,
     ) -> Result<Mapped, MapError> {
-        let tables = self.tables(slot.space).ok_or(MapError::NoSuchSpace(slot.space.0))?;
-        let gfn = fault.gfn;
-        let size = self
-            .sizes(slot)
-            .find(|size| {
-                fresh.range().covers(gfn.block(*size))
-                    && (page.pfn().as_u64() ^ gfn.as_u64()) & (size.frames() - 1) == 0
-            })
-            .unwrap_or(PageSize::Size4K);
+        let tables = self.tables(slot.space, fresh.walking()).ok_or(MapError::NoSuchSpace(slot.space.0))?;
+        let size = self.size(slot, fault, page, &fresh);
+        let execute = match self.large.execute {
+            LargeExecute::Never if size > PageSize::Size4K => Execute::Never,
+            LargeExecute::Never | LargeExecute::Allowed => Execute::Always,
+        };
         let leaf = Leaf {
             pfn: Pfn::new(page.pfn().as_u64() & !(size.frames() - 1)),
             size,
             writable: writable(slot, fault, page),
-            execute: Execute::Always,
+            execute,
             memory: MemoryType::WriteBack,
             accessed: fault.kind == FaultKind::Demand,
         };
-        tables.map(gfn, leaf, cache)
+        tables.map(fault.gfn, leaf, cache)
     }
 
     fn poison(&self, _fresh: Fresh<'_>, slot: &Memslot) -> Result<Mapped, MapError> {
         // Absent is poisoned: see the module documentation.
-        match self.tables(slot.space) {
+        match self.root(slot.space) {
             Some(_) => Ok(Mapped::Fixed),
             None => Err(MapError::NoSuchSpace(slot.space.0)),
         }
     }
 
     fn zap(&self, slot: &Memslot, gfns: GfnRange, zap: Zap, walk: &mut ZapWalk<'_, Self>) {
-        let Some(tables) = self.tables(slot.space) else { return };
-        let mut left = gfns;
-        'again: loop {
-            for step in tables.leaves(left) {
-                let (done, zapped) = match step {
-                    Step::Gap(gap) => (gap, Zapped::Nothing),
-                    Step::Leaf(leaf) => {
-                        let unmapped = zap == Zap::Unmap || leaf.gfns().len() > 1;
-                        let before =
-                            if unmapped { leaf.take_away() } else { leaf.write_protect(Writable::Never) };
-                        // What could not be written before is as no CPU can write it: that was flushed under the lock.
-                        let frames = before
-                            .filter(|leaf| unmapped || leaf.writable.is_allowed())
-                            .map(|leaf| leaf.size.frames());
-                        (leaf.gfns(), frames.map_or(Zapped::Nothing, Zapped::Unflushed))
-                    }
-                };
-                left.start = done.end;
-                match walk.step(done, zapped) {
-                    Walk::GoOn => {}
-                    Walk::Restart => continue 'again,
-                }
-            }
-            return;
-        }
+        self.zap_leaves(slot, gfns, zap, walk);
+    }
+
+    fn zap_slot(&self, slot: &Memslot, walk: &mut ZapWalk<'_, Self>) {
+        self.zap_tables(slot, walk);
+        // Leaves in tables that reach beyond the slot.
+        self.zap_leaves(slot, slot.gfns(), Zap::Unmap, walk);
+    }
+
+    fn split_large(&self, slot: &Memslot, gfns: GfnRange, walk: &mut ZapWalk<'_, Self>) -> bool {
+        self.split_each(slot, gfns, walk)
+    }
+
+    fn recover_large(&self, slot: &Memslot, gfns: GfnRange, walk: &mut ZapWalk<'_, Self>) {
+        self.collapse_each(slot, gfns, walk);
+    }
+
+    fn free_tables(&self, tables: Retired<Self>) {
+        self.free_retired(&tables);
     }
 
     fn kick(&self, vcpu: usize) {
         self.host.kick(vcpu);
     }
 
-    fn age(&self, slot: &Memslot, gfns: GfnRange, age: Age, _walking: Walking<'_>) -> Young {
-        match self.tables(slot.space) {
+    fn age(&self, slot: &Memslot, gfns: GfnRange, age: Age, walking: Walking<'_>) -> Young {
+        match self.tables(slot.space, walking) {
             Some(tables) if tables.age(gfns, age) => Young::Yes,
             Some(_) => Young::No,
             None => Young::Unknown,
+        }
+    }
+
+    fn cached_mmio(&self, space: SpaceId, gfn: Gfn, walker: &mut Walker<'_, H::Platform>) -> CachedMmio {
+        let section = walker.walk();
+        self.tables(space, section.walking()).map_or(CachedMmio::Gone, |tables| tables.cached_mmio(gfn))
+    }
+
+    fn cache_mmio(
+        &self,
+        space: SpaceId,
+        gfn: Gfn,
+        generation: u64,
+        cache: &mut Self::Cache,
+        walking: Walking<'_>,
+    ) {
+        if let Some(tables) = self.tables(space, walking) {
+            // What cannot be cached is looked up each time.
+            let _ = tables.cache_mmio(gfn, generation, cache);
         }
     }
 

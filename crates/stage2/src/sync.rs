@@ -10,3 +10,8 @@
 //! | counts of tables | all | Relaxed | nothing: they are a limit and a statistic |
 
 pub(crate) use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+/// One turn of waiting for a frozen entry, whose owner holds no lock that the waiter could hold.
+pub(crate) fn spin() {
+    core::hint::spin_loop();
+}

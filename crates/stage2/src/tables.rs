@@ -3,35 +3,55 @@
 //! # States of an entry, and who may move it
 //!
 //! ```text
-//! absent ──link──► table                     (stays until the structure goes)
+//! absent ──link──► table ──unlink──► absent            (the table is empty, or frozen as a whole)
 //! absent, MMIO ──map──► leaf ──upgrade, protect, age, mark──► leaf, same frame
 //!                        └──take away──► absent
 //! absent, MMIO ──cache──► MMIO
+//! large leaf ──split──► table of leaves that say the same ──collapse──► large leaf
+//! any ──freeze──► frozen ──► what its owner says
 //! ```
 //!
 //! Every move is one compare-exchange against the word that was looked at, by any thread at any time; exactly one of
 //! those who try wins. Hardware moves too: it sets marks. Never does a leaf become a leaf of another frame: there is
-//! a zap and a flush in between, or [`MapError::Conflict`]. A frozen entry belongs to another thread: an install backs
-//! off, a zap waits.
+//! a zap and a flush in between, or [`MapError::Conflict`].
+//!
+//! # Frozen
+//!
+//! A frozen entry belongs to the thread that froze it, which alone writes it next. An install that meets one backs off; a
+//! zap waits, and looks again from the root, since the entry may be in a table that is gone by then. Entries are frozen
+//! for three changes, each of which holds `mmu_lock` from the first frozen entry to the last:
+//!
+//! * **Removal and collapse** freeze every entry of a table, so that nobody installs below, and then unlink it. The
+//!   table's entries stay frozen until it is freed.
+//! * **Split and collapse where the architecture demands break-before-make** freeze the one entry that changes, flush,
+//!   and then publish.
 //!
 //! # Retries
 //!
-//! An install that loses goes back outward ([`Mapped::LostRace`]) and never looks again by itself: why it lost may be an
-//! invalidation. The page of a table that was not linked goes back to the vCPU's cache at once.
+//! An install that loses goes back outward ([`Mapped::LostRace`](afterimage_mmu::Mapped)) and never tries again by itself:
+//! why it lost may be an invalidation. The page of a table that was not linked goes back to the vCPU's cache at once.
 //!
 //! # How long a table lives
 //!
-//! As long as the structure. Tables are linked and never unlinked, so whoever found one may use it as long as it
-//! borrows [`Tables`]. References to tables are made in one place, `TableRef::new`, and carry that borrow; freeing tables
-//! earlier means to give them the life of a walker's critical section instead, and to free after the flush and after the
-//! last such section. (KVM: RCU. See rule F3 of its zap: flush before the section is left.)
+//! As long as anybody can find it: whoever has a borrow of [`Tables`] may follow every link that he finds. [`Stage2`] gives
+//! out such borrows for the life of a [`Walking`](afterimage_mmu::Walking) alone; a table that was unlinked it hands to the
+//! engine, which flushes, waits until everyone has moved on who walked at the time, and gives it back to be freed.
+//! References to tables are made in one place, `TableRef::new`, and carry that borrow. Tables that stand alone, in no
+//! engine, may be borrowed at will: nobody frees theirs before the structure goes.
 //!
-//! Source: Linux `kvm_tdp_mmu_map`, `tdp_mmu_map_handle_target_level`, `tdp_mmu_link_sp`.
+//! Source: Linux `kvm_tdp_mmu_map`, `tdp_mmu_map_handle_target_level`, `tdp_mmu_link_sp`, `handle_removed_pt`,
+//! `tdp_mmu_split_huge_page`.
+//!
+//! [`Stage2`]: crate::Stage2
 
+mod collapse;
 mod error;
+mod freeze;
 mod map;
 mod mmio;
 mod reach;
+mod remove;
+mod split;
 mod upgrade;
 mod walk;
 
@@ -45,6 +65,8 @@ use crate::memory::{TableCache, TableMemory};
 
 pub use error::MapError;
 pub(crate) use reach::TableRef;
+pub use remove::Removed;
+pub use split::Split;
 pub use walk::{Translation, Walked};
 
 /// Stage-2 tables of one address space, in format `F`, in memory `M`.
@@ -83,6 +105,11 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
     #[inline]
     pub fn top_up(&self, cache: &mut TableCache<M>) -> bool {
         cache.top_up(&self.memory, usize::from(F::ROOT_LEVEL.number()) - 1)
+    }
+
+    /// Fills a cache, as far as there is memory; `false` if it is empty all the same.
+    pub(crate) fn top_up_whole(&self, cache: &mut TableCache<M>) -> bool {
+        cache.top_up(&self.memory, usize::MAX) || !cache.is_empty()
     }
 }
 

@@ -30,6 +30,8 @@ struct Ram {
     next: AtomicU64,
     writable: AtomicBool,
     held: AtomicU64,
+    /// The blocks that the frames come in.
+    block: PageSize,
 }
 
 #[derive(Debug)]
@@ -48,6 +50,10 @@ impl PageRef for Page {
         self.writable
     }
 
+    fn block(&self) -> PageSize {
+        self.ram.block
+    }
+
     fn release(self, _used: PageUse) {
         self.ram.held.fetch_sub(1, Ordering::Relaxed);
     }
@@ -56,6 +62,10 @@ impl PageRef for Page {
 impl Ram {
     /// `pages` pages in as many frames from frame 0 on, and `spare` frames to move to.
     fn new(pages: u64, spare: u64) -> Arc<Self> {
+        Self::in_blocks(pages, spare, PageSize::Size4K)
+    }
+
+    fn in_blocks(pages: u64, spare: u64, block: PageSize) -> Arc<Self> {
         Arc::new(Self {
             pages: (0..pages).map(AtomicU64::new).collect(),
             frames: (0..pages + spare)
@@ -64,6 +74,7 @@ impl Ram {
             next: AtomicU64::new(pages),
             writable: AtomicBool::new(true),
             held: AtomicU64::new(0),
+            block,
         })
     }
 
@@ -98,12 +109,19 @@ impl PrimaryMmu for Primary {
 }
 
 #[derive(Debug)]
-struct Tests;
+struct Tests {
+    /// The blocks that the frames come in.
+    block: PageSize,
+}
 
 impl Host for Tests {
     type Memory = HeapMemory;
     type Platform = Spin;
     type Page = Page;
+
+    fn block(&self, _pfn: Pfn) -> PageSize {
+        self.block
+    }
 }
 
 type Mmu<F> = GuestMmu<Stage2<F, Tests>>;
@@ -111,18 +129,30 @@ type Mmu<F> = GuestMmu<Stage2<F, Tests>>;
 /// A machine with one slot of `frames` frames from guest frame 512 on.
 fn machine<F: Format>(frames: u64, backing: PageSize) -> (Mmu<F>, HeapMemory) {
     let memory = HeapMemory::default();
-    let stage2 = Stage2::new(Tests, memory.clone(), 2, backing).expect("the heap has room");
+    let stage2 =
+        Stage2::new(Tests { block: backing }, memory.clone(), 2, backing).expect("the heap has room");
     let mmu = GuestMmu::new(stage2, Policy::default());
     mmu.create_slot(Memslot::new(SlotId(0), Gfn::new(512), frames, BASE)).expect("there is no other slot");
     (mmu, memory)
 }
 
-fn tables<F: Format>(mmu: &Mmu<F>) -> &Tables<F, HeapMemory> {
-    mmu.secondary().tables(SpaceId(0)).expect("there are two spaces")
+/// Looks at the tables of space 0 as `vcpu` may.
+fn look<F: Format, R>(
+    mmu: &Mmu<F>,
+    vcpu: &mut Vcpu<'_, Stage2<F, Tests>>,
+    look: impl FnOnce(&Tables<F, HeapMemory>) -> R,
+) -> R {
+    let mut walker = vcpu.walker();
+    let section = walker.walk();
+    look(mmu.secondary().tables(SpaceId(0), section.walking()).expect("there are two spaces"))
+}
+
+fn translate<F: Format>(mmu: &Mmu<F>, gfn: u64, access: Access) -> Translation {
+    look(mmu, &mut mmu.vcpu(), |tables| tables.translate(Gfn::new(gfn), access))
 }
 
 fn leaf_of<F: Format>(mmu: &Mmu<F>, gfn: u64) -> Option<Leaf> {
-    match tables(mmu).walk(Gfn::new(gfn)).entry {
+    match look(mmu, &mut mmu.vcpu(), |tables| tables.walk(Gfn::new(gfn))).entry {
         Entry::Leaf(leaf) => Some(leaf),
         _ => None,
     }
@@ -138,6 +168,17 @@ fn fault<F: Format>(
         .expect("the page is there")
 }
 
+/// A fault of an access that a present translation forbids.
+fn forbidden<F: Format>(
+    vcpu: &mut Vcpu<'_, Stage2<F, Tests>>,
+    ram: &Arc<Ram>,
+    gfn: u64,
+    access: Access,
+) -> FaultOutcome {
+    let fault = Fault { found: Found::Present, ..Fault::new(Gfn::new(gfn), access) };
+    vcpu.handle_fault(&Primary(Arc::clone(ram)), &fault).expect("the page is there")
+}
+
 fn one_by_one<F: Format>() {
     let (mmu, memory) = machine::<F>(16, PageSize::Size4K);
     let ram = Ram::new(16, 16);
@@ -147,7 +188,7 @@ fn one_by_one<F: Format>() {
 
     // Reading maps it; so does every other access, once.
     assert_eq!(fault(&mut vcpu, &ram, 515, Access::READ), FaultOutcome::Fixed);
-    assert_eq!(tables(&mmu).translate(gfn, Access::READ), Translation::Frame(Pfn::new(3)));
+    assert_eq!(translate(&mmu, 515, Access::READ), Translation::Frame(Pfn::new(3)));
     assert_eq!(fault(&mut vcpu, &ram, 515, Access::READ), FaultOutcome::Spurious);
 
     // Unmapped while the guard lives, and after: what comes back is the new frame.
@@ -158,23 +199,23 @@ fn one_by_one<F: Format>() {
     drop(invalidation);
     assert_eq!(leaf_of(&mmu, 515), None);
     assert_eq!(fault(&mut vcpu, &ram, 515, Access::WRITE), FaultOutcome::Fixed);
-    assert_eq!(tables(&mmu).translate(gfn, Access::WRITE), Translation::Frame(Pfn::new(16)));
+    assert_eq!(translate(&mmu, 515, Access::WRITE), Translation::Frame(Pfn::new(16)));
 
     // Write-protected by the primary MMU: the next write asks it again, and does not just take the permission back.
     drop(mmu.invalidate(hvas(3, 4), Zap::WriteProtect, Blocking::Allowed));
-    assert_eq!(tables(&mmu).translate(gfn, Access::READ), Translation::Frame(Pfn::new(16)));
-    assert_eq!(tables(&mmu).translate(gfn, Access::WRITE), Translation::Fault(Found::Present));
+    assert_eq!(translate(&mmu, 515, Access::READ), Translation::Frame(Pfn::new(16)));
+    assert_eq!(translate(&mmu, 515, Access::WRITE), Translation::Fault(Found::Present));
     ram.writable.store(false, Ordering::Relaxed);
     assert_eq!(fault(&mut vcpu, &ram, 515, Access::WRITE), FaultOutcome::Spurious);
     assert_eq!(leaf_of(&mmu, 515).map(|leaf| leaf.writable), Some(Writable::Never));
     ram.writable.store(true, Ordering::Relaxed);
     assert_eq!(fault(&mut vcpu, &ram, 515, Access::WRITE), FaultOutcome::Fixed);
-    assert_eq!(tables(&mmu).translate(gfn, Access::WRITE), Translation::Frame(Pfn::new(16)));
+    assert_eq!(translate(&mmu, 515, Access::WRITE), Translation::Frame(Pfn::new(16)));
 
     // Old after aging; the next use, or the fault that it takes, makes it young again.
     assert_eq!(mmu.age(hvas(0, 16), Age::Clear), Young::Yes);
     assert_eq!(mmu.age(hvas(0, 16), Age::Test), Young::No);
-    if tables(&mmu).translate(gfn, Access::READ) == Translation::Fault(Found::Absent) {
+    if translate(&mmu, 515, Access::READ) == Translation::Fault(Found::Absent) {
         assert!(F::HIDES_UNUSED);
         assert_eq!(fault(&mut vcpu, &ram, 515, Access::READ), FaultOutcome::FixedFast);
     }
@@ -202,7 +243,7 @@ fn one_by_one<F: Format>() {
 
 fn huge_pages<F: Format>() {
     let (mmu, _) = machine::<F>(1024 + 8, PageSize::Size2M);
-    let ram = Ram::new(1024 + 8, 0);
+    let ram = Ram::in_blocks(1024 + 8, 0, PageSize::Size2M);
     let mut vcpu = mmu.vcpu();
     assert_eq!(fault(&mut vcpu, &ram, 700, Access::READ), FaultOutcome::Fixed);
     assert_eq!(leaf_of(&mmu, 1023).map(|leaf| (leaf.pfn, leaf.size)), Some((Pfn::new(0), PageSize::Size2M)));
@@ -217,33 +258,103 @@ fn huge_pages<F: Format>() {
     assert_eq!(fault(&mut vcpu, &ram, 700, Access::WRITE), FaultOutcome::Fixed);
     assert_eq!(leaf_of(&mmu, 700).map(|leaf| leaf.size), Some(PageSize::Size2M));
 
-    // Dirty logging: single frames, and each first write faults.
+    // Dirty logging: each first write faults, and is for its frame alone.
     mmu.set_dirty_logging(SpaceId(0), SlotId(0), true).expect("the slot exists");
-    assert_eq!(leaf_of(&mmu, 700), None);
-    assert_eq!(fault(&mut vcpu, &ram, 700, Access::READ), FaultOutcome::Fixed);
-    let protected = leaf_of(&mmu, 700).map(|leaf| (leaf.size, leaf.writable));
-    assert_eq!(protected, Some((PageSize::Size4K, Writable::Protected)));
-    assert_eq!(tables(&mmu).translate(Gfn::new(700), Access::WRITE), Translation::Fault(Found::Present));
+    let logged = leaf_of(&mmu, 700).map(|leaf| (leaf.size, leaf.writable));
+    // Where an entry must be broken first, that is done at once; elsewhere the first write splits.
+    let kept = (!F::BREAK_BEFORE_MAKE).then_some((PageSize::Size2M, Writable::Protected));
+    assert_eq!(logged, kept);
     assert_eq!(fault(&mut vcpu, &ram, 700, Access::WRITE), FaultOutcome::Fixed);
-    assert_eq!(tables(&mmu).translate(Gfn::new(700), Access::WRITE), Translation::Frame(Pfn::new(188)));
+    assert_eq!(translate(&mmu, 700, Access::WRITE), Translation::Frame(Pfn::new(188)));
+    assert!(matches!(
+        fault(&mut vcpu, &ram, 701, Access::READ),
+        FaultOutcome::Fixed | FaultOutcome::Spurious
+    ));
+    let protected = leaf_of(&mmu, 701).map(|leaf| (leaf.size, leaf.writable));
+    assert_eq!(protected, Some((PageSize::Size4K, Writable::Protected)));
+    assert_eq!(translate(&mmu, 701, Access::WRITE), Translation::Fault(Found::Present));
+    assert_eq!(forbidden(&mut vcpu, &ram, 701, Access::WRITE), FaultOutcome::FixedFast);
+    assert_eq!(leaf_of(&mmu, 701).map(|leaf| leaf.writable), Some(Writable::Dirty));
+    let _ = fault(&mut vcpu, &ram, 702, Access::READ);
 
     // Logging is over; where frames are mapped singly they stay so, and gain their permission without the lock.
-    assert_eq!(fault(&mut vcpu, &ram, 701, Access::READ), FaultOutcome::Fixed);
     mmu.set_dirty_logging(SpaceId(0), SlotId(0), false).expect("the slot exists");
-    assert_eq!(fault(&mut vcpu, &ram, 701, Access::WRITE), FaultOutcome::FixedFast);
-    assert_eq!(fault(&mut vcpu, &ram, 702, Access::READ), FaultOutcome::Fixed);
-    assert_eq!(leaf_of(&mmu, 702).map(|leaf| (leaf.pfn, leaf.size)), Some((Pfn::new(190), PageSize::Size4K)));
+    assert_eq!(forbidden(&mut vcpu, &ram, 702, Access::WRITE), FaultOutcome::FixedFast);
+    let single = leaf_of(&mmu, 702).map(|leaf| (leaf.pfn, leaf.size));
+    assert_eq!(single, Some((Pfn::new(190), PageSize::Size4K)));
+}
+
+/// What everyone sees of the frames `[512, 512 + frames)` of space 0: the frame behind each, and whether it may be written.
+fn seen<F: Format>(mmu: &Mmu<F>, frames: u64) -> Vec<Option<(Pfn, bool)>> {
+    look(mmu, &mut mmu.vcpu(), |tables| {
+        let see = |gfn| match tables.walk(Gfn::new(gfn)).entry {
+            Entry::Leaf(leaf) => Some((leaf.pfn_of(Gfn::new(gfn)), leaf.writable.is_allowed())),
+            _ => None,
+        };
+        (512..512 + frames).map(see).collect()
+    })
+}
+
+/// Pages are split ahead of time, and recovered, without anyone noticing; the tables come and go.
+fn split_and_recover<F: Format>() {
+    const FRAMES: u64 = 4 * 512;
+    let (mmu, memory) = machine::<F>(FRAMES, PageSize::Size2M);
+    let ram = Ram::in_blocks(FRAMES, 0, PageSize::Size2M);
+    let mut vcpu = mmu.vcpu();
+    for (block, access) in [(0, Access::WRITE), (1, Access::READ), (2, Access::WRITE)] {
+        assert_eq!(fault(&mut vcpu, &ram, 512 + block * 512 + 7, access), FaultOutcome::Fixed);
+    }
+    let (before, pages) = (seen(&mmu, FRAMES), memory.pages());
+    let flushes = mmu.invalidation_stats().flushes;
+    mmu.split_large_pages(SpaceId(0), SlotId(0)).expect("the heap has room");
+    assert_eq!(seen(&mmu, FRAMES), before);
+    assert_eq!(leaf_of(&mmu, 512 + 700).map(|leaf| leaf.size), Some(PageSize::Size4K));
+    assert_eq!(memory.pages(), pages + 3, "one table for each");
+    let needed = if F::BREAK_BEFORE_MAKE { 3 } else { 0 };
+    assert_eq!(mmu.invalidation_stats().flushes - flushes, needed, "the guest goes on as it was");
+
+    // A block of which one frame may be written no more keeps its table; so does one that an invalidation is at, which
+    // may yet announce that the block is one no longer.
+    let sizes = |sizes: [PageSize; 3]| {
+        let found = [0, 1, 2].map(|block| leaf_of(&mmu, 512 + block * 512 + 9).map(|leaf| leaf.size));
+        assert_eq!(found, sizes.map(Some));
+    };
+    drop(mmu.invalidate(hvas(512 + 3, 512 + 4), Zap::WriteProtect, Blocking::Allowed));
+    let invalidation = mmu.invalidate(hvas(1024, 1536), Zap::WriteProtect, Blocking::Allowed);
+    let before = seen(&mmu, FRAMES);
+    mmu.recover_large_pages(SpaceId(0), SlotId(0)).expect("the slot exists");
+    sizes([PageSize::Size2M, PageSize::Size4K, PageSize::Size4K]);
+    drop(invalidation);
+    mmu.recover_large_pages(SpaceId(0), SlotId(0)).expect("the slot exists");
+    sizes([PageSize::Size2M, PageSize::Size4K, PageSize::Size2M]);
+    assert_eq!(seen(&mmu, FRAMES), before);
+    assert_eq!(
+        leaf_of(&mmu, 512).map(|leaf| leaf.writable),
+        Some(Writable::Dirty),
+        "written, and known to be"
+    );
+    assert_eq!(memory.pages(), pages + 1, "two tables came back");
+
+    mmu.delete_slot(SpaceId(0), SlotId(0)).expect("the slot exists");
+    assert_eq!(seen(&mmu, FRAMES), vec![None; FRAMES as usize]);
+    assert_eq!(memory.pages(), pages, "what was in the slot alone is freed");
 }
 
 /// What a vCPU's TLB holds: for the test, everything it ever saw, until it is told to flush.
 type Tlb = HashMap<u64, (Pfn, bool)>;
 
 /// One access in the guest: through the TLB, or the tables. `Err`: a fault.
-fn access<F: Format>(mmu: &Mmu<F>, tlb: &mut Tlb, ram: &Ram, gfn: u64, access: Access) -> Result<(), Found> {
+fn access<F: Format>(
+    vcpu: &mut Vcpu<'_, Stage2<F, Tests>>,
+    tlb: &mut Tlb,
+    ram: &Ram,
+    gfn: u64,
+    access: Access,
+) -> Result<(), Found> {
     let is_write = access.contains(Access::WRITE);
     let pfn = match tlb.get(&gfn) {
         Some((pfn, writable)) if *writable || !is_write => *pfn,
-        _ => match tables(mmu).translate(Gfn::new(gfn), access) {
+        _ => match look(vcpu.mmu(), vcpu, |tables| tables.translate(Gfn::new(gfn), access)) {
             Translation::Frame(pfn) => {
                 tlb.insert(gfn, (pfn, is_write));
                 pfn
@@ -306,7 +417,7 @@ fn run<F: Format>(mmu: &Mmu<F>, ram: &Arc<Ram>, frames: u64, mut seed: u64, race
             seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             let gfn = 512 + (seed >> 33) % frames;
             let wanted = if seed >> 62 == 0 { Access::WRITE } else { Access::READ };
-            match access(mmu, &mut tlb, ram, gfn, wanted) {
+            match access(&mut vcpu, &mut tlb, ram, gfn, wanted) {
                 Ok(()) => {
                     race.accesses.fetch_add(1, Ordering::Relaxed);
                 }
@@ -379,6 +490,11 @@ macro_rules! every_format {
             #[test]
             fn huge_pages() {
                 super::huge_pages::<$format>();
+            }
+
+            #[test]
+            fn split_and_recover() {
+                super::split_and_recover::<$format>();
             }
 
             #[test]

@@ -1,13 +1,16 @@
 //! The tables against a model, and under several threads.
 
+// UNSAFETY: tables that were unlinked are freed, when nobody can use them any more.
+#![expect(unsafe_code)]
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use afterimage_mmu::{Access, Age, CachedMmio, Found, Gfn, GfnRange, Mapped, PageSize, Pfn};
 use afterimage_stage2::{
-    Entry, Ept, Execute, Format, HeapMemory, Leaf, MapError, MemoryType, Npt, Step, Sv39x4, Sv48x4,
-    TableCache, Tables, Translation, Vmsa, Writable,
+    Change, Entry, Ept, Execute, Format, HeapMemory, Leaf, MapError, MemoryType, Npt, Removed, Split, Step,
+    Sv39x4, Sv48x4, TableCache, Tables, Translation, Vmsa, Writable,
 };
 use proptest::prelude::*;
 
@@ -55,7 +58,7 @@ impl Model {
         (gfn < start + leaf.size.frames()).then_some((*start, *leaf))
     }
 
-    fn map(&mut self, gfn: u64, wanted: Leaf) -> Did {
+    fn map(&mut self, gfn: u64, wanted: Leaf, breaks: bool) -> Did {
         let frames = wanted.size.frames();
         if let Some((start, found)) = self.find(gfn) {
             if found.pfn_of(Gfn::new(gfn)) != wanted.pfn_of(Gfn::new(gfn)) {
@@ -65,9 +68,16 @@ impl Model {
             if writable == found.writable && found.accessed {
                 return Did::Mapped(Mapped::Spurious);
             }
-            if found.size > wanted.size {
-                return Did::LargerLeaf;
-            }
+            let gains = writable.is_allowed() != found.writable.is_allowed()
+                || !writable.is_allowed() && writable != found.writable;
+            let (start, found) = match found.size > wanted.size && gains {
+                true if breaks => return Did::LargerLeaf,
+                true => {
+                    self.split(gfn);
+                    self.find(gfn).expect("it was split")
+                }
+                false => (start, found),
+            };
             self.leaves.insert(start, Leaf { writable, accessed: true, ..found });
             return Did::Mapped(Mapped::Fixed);
         }
@@ -83,6 +93,55 @@ impl Model {
         Did::Mapped(Mapped::Fixed)
     }
 
+    fn split(&mut self, gfn: u64) -> bool {
+        let Some((start, large)) = self.find(gfn).filter(|(_, leaf)| leaf.size > PageSize::Size4K) else {
+            return false;
+        };
+        for part in 0..large.size.frames() {
+            let pfn = Pfn::new(large.pfn.as_u64() + part);
+            self.leaves.insert(start + part, Leaf { pfn, size: PageSize::Size4K, ..large });
+        }
+        self.small.insert(start & !511)
+    }
+
+    /// One leaf in the place of 512, if they are all there and say the same but for their marks.
+    fn collapse(&mut self, gfn: u64) -> bool {
+        let start = gfn & !511;
+        let Some(first) = self.leaves.get(&start).copied().filter(|leaf| leaf.size == PageSize::Size4K)
+        else {
+            return false;
+        };
+        let block: Vec<_> = self.leaves.range(start..start + 512).map(|(at, leaf)| (*at, *leaf)).collect();
+        let says = |writable: Writable| (writable.is_allowed(), writable.min(Writable::Protected));
+        let fits = |(at, leaf): &(u64, Leaf)| {
+            leaf.pfn.as_u64() == first.pfn.as_u64() + (at - start)
+                && says(leaf.writable) == says(first.writable)
+        };
+        if block.len() != 512 || !block.iter().all(fits) {
+            return false;
+        }
+        self.leaves.retain(|at, _| !(start..start + 512).contains(at));
+        let large = Leaf {
+            size: PageSize::Size2M,
+            writable: block.iter().map(|(_, leaf)| leaf.writable).max().expect("there are 512"),
+            accessed: block.iter().any(|(_, leaf)| leaf.accessed),
+            ..first
+        };
+        self.leaves.insert(start, large);
+        self.small.remove(&start)
+    }
+
+    /// The table for single frames goes; how many frames it mapped.
+    fn unlink(&mut self, gfn: u64) -> Option<u64> {
+        let start = gfn & !511;
+        if !self.small.remove(&start) {
+            return None;
+        }
+        let before = self.leaves.len();
+        self.leaves.retain(|at, _| !(start..start + 512).contains(at));
+        Some((before - self.leaves.len()) as u64)
+    }
+
     fn touched(&self, range: GfnRange) -> Vec<u64> {
         self.leaves
             .iter()
@@ -94,11 +153,42 @@ impl Model {
 
 #[derive(Clone, Debug)]
 enum Op {
-    Map { gfn: u64, size: PageSize, writable: Writable, other: bool },
-    Zap { start: u64, len: u64 },
-    Protect { start: u64, len: u64 },
-    Age { start: u64, len: u64 },
-    Access { gfn: u64, write: bool },
+    Map {
+        gfn: u64,
+        size: PageSize,
+        writable: Writable,
+        other: bool,
+    },
+    Zap {
+        start: u64,
+        len: u64,
+    },
+    Protect {
+        start: u64,
+        len: u64,
+    },
+    Age {
+        start: u64,
+        len: u64,
+    },
+    Access {
+        gfn: u64,
+        write: bool,
+    },
+    Split {
+        gfn: u64,
+    },
+    Collapse {
+        gfn: u64,
+    },
+    Unlink {
+        gfn: u64,
+    },
+    /// Maps every frame of a block that is not mapped.
+    Fill {
+        gfn: u64,
+        writable: Writable,
+    },
 }
 
 /// Frames around the ends of tables: the first of all, a boundary between two tables of level 2, the last of 39 bits.
@@ -116,6 +206,7 @@ fn ops() -> impl Strategy<Value = Op> {
         Just(Writable::Clean),
         Just(Writable::Dirty)
     ];
+    let fill = prop_oneof![Just(Writable::Clean), Just(Writable::Dirty)];
     let len = prop_oneof![1..4_u64, Just(512), Just(1 << 19)];
     prop_oneof![
         6 => (frames(), size, writable, prop::bool::weighted(0.1))
@@ -124,6 +215,10 @@ fn ops() -> impl Strategy<Value = Op> {
         1 => (frames(), len.clone()).prop_map(|(start, len)| Op::Protect { start, len }),
         1 => (frames(), len).prop_map(|(start, len)| Op::Age { start, len }),
         4 => (frames(), any::<bool>()).prop_map(|(gfn, write)| Op::Access { gfn, write }),
+        2 => frames().prop_map(|gfn| Op::Split { gfn }),
+        2 => frames().prop_map(|gfn| Op::Collapse { gfn }),
+        1 => frames().prop_map(|gfn| Op::Unlink { gfn }),
+        1 => (frames(), fill).prop_map(|(gfn, writable)| Op::Fill { gfn, writable }),
     ]
 }
 
@@ -131,6 +226,14 @@ fn visible<F: Format>(leaf: Leaf) -> Leaf {
     let writable =
         if leaf.writable == Writable::Clean && !F::HAS_DIRTY { Writable::Dirty } else { leaf.writable };
     Leaf { writable, ..leaf }
+}
+
+/// Frees a table that was unlinked, while nobody else is here.
+fn free<F: Format>(tables: &Tables<F, HeapMemory>, table: Option<Pfn>) {
+    let table = table.expect("nothing is in the way of one thread alone");
+    // SAFETY: (1) it was unlinked just now; (2) nothing but this thread translates by the tables; (3) it holds nothing of
+    // theirs.
+    unsafe { tables.free(table) };
 }
 
 fn check_against_model<F: Format>(ops: &[Op]) {
@@ -150,7 +253,7 @@ fn check_against_model<F: Format>(ops: &[Op]) {
                     Err(MapError::LargerLeaf { .. }) => Did::LargerLeaf,
                     Err(other) => panic!("{other}"),
                 };
-                assert_eq!(did, model.map(gfn, wanted), "{op:?}");
+                assert_eq!(did, model.map(gfn, wanted, F::BREAK_BEFORE_MAKE), "{op:?}");
             }
             Op::Zap { start, len } => {
                 let range = gfns(start, start + len);
@@ -182,6 +285,40 @@ fn check_against_model<F: Format>(ops: &[Op]) {
                 assert_eq!(tables.age(range, Age::Test), young);
                 assert_eq!(tables.age(range, Age::Clear), young);
                 assert!(!tables.age(range, Age::Test));
+            }
+            Op::Split { gfn } => {
+                assert!(tables.top_up(&mut cache));
+                let mut flushed = None;
+                let split = tables.split(Gfn::new(gfn), &mut cache, |gfns| flushed = Some(gfns));
+                let did = model.split(gfn);
+                assert_eq!(split, Ok(if did { Split::Done(PageSize::Size4K) } else { Split::NotLarge }));
+                let block = Gfn::new(gfn).block(PageSize::Size2M);
+                assert_eq!(flushed, (did && F::BREAK_BEFORE_MAKE).then_some(block));
+            }
+            Op::Collapse { gfn } => {
+                let removed = tables.collapse(Gfn::new(gfn), PageSize::Size2M, |_| ());
+                assert_eq!(removed.is_some(), model.collapse(gfn), "{op:?}");
+                if let Some(Removed { table, frames, gfns }) = removed {
+                    assert_eq!((frames, gfns), (0, Gfn::new(gfn).block(PageSize::Size2M)));
+                    free(&tables, table);
+                }
+            }
+            Op::Unlink { gfn } => {
+                let removed = tables.unlink(Gfn::new(gfn), PageSize::Size4K.level());
+                assert_eq!(removed.map(|removed| removed.frames), model.unlink(gfn), "{op:?}");
+                if let Some(removed) = removed {
+                    free(&tables, removed.table);
+                }
+            }
+            Op::Fill { gfn, writable } => {
+                for gfn in gfn & !511..(gfn & !511) + 512 {
+                    let wanted = visible::<F>(leaf(gfn + (1 << 23), PageSize::Size4K, writable));
+                    if model.find(gfn).is_none() {
+                        assert!(tables.top_up(&mut cache));
+                        assert_eq!(tables.map(Gfn::new(gfn), wanted, &mut cache), Ok(Mapped::Fixed));
+                        assert_eq!(model.map(gfn, wanted, false), Did::Mapped(Mapped::Fixed));
+                    }
+                }
             }
             Op::Access { gfn, write } => {
                 let access = if write { Access::WRITE } else { Access::READ };
@@ -385,7 +522,8 @@ fn no_zap_loses_a_dirty_mark() {
             let Some(Step::Leaf(entry)) = tables.leaves(GfnRange::frame(gfn)).next() else {
                 panic!("it was mapped")
             };
-            zapped.push(entry.take_away().expect("nobody else zaps"));
+            let Change::Did(leaf) = entry.take_away() else { panic!("nobody else zaps") };
+            zapped.push(leaf);
         }
         over.store(true, Ordering::Relaxed);
         zapped

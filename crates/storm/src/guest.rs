@@ -109,7 +109,6 @@ pub(crate) struct Guest<'m, 'r> {
     shared: &'m Shared<'m, 'r>,
     number: usize,
     vcpu: Vcpu<'m, StormTables<'r>>,
-    tables: &'m Tables<Npt4, HeapMemory>,
     tlb: Box<[Option<(Gfn, Pfn)>; TLB]>,
     touch: Touch,
     at: u64,
@@ -125,7 +124,6 @@ impl<'m, 'r> Guest<'m, 'r> {
             shared,
             number,
             vcpu: shared.mmu.vcpu(),
-            tables: shared.mmu.secondary().tables(SpaceId(0)).expect("there is one address space"),
             tlb: Box::new([None; TLB]),
             touch,
             at: 0,
@@ -192,7 +190,7 @@ impl<'m, 'r> Guest<'m, 'r> {
             if let Touch::Fresh(_) = self.touch {
                 // Its own frames, whose pages stay where they are: nobody else has the translation to forget.
                 self.tlb[tlb_index(gfn)] = None;
-                self.tables.zap(GfnRange::frame(gfn));
+                self.in_tables(|tables| tables.zap(GfnRange::frame(gfn)));
             }
         }
         None
@@ -212,12 +210,11 @@ impl<'m, 'r> Guest<'m, 'r> {
     /// One access: through the TLB, or the tables. Whether there is a translation.
     #[inline]
     fn access(&mut self, gfn: Gfn) -> bool {
-        let entry = &mut self.tlb[tlb_index(gfn)];
-        let pfn = match entry {
-            Some((cached, pfn)) if *cached == gfn => *pfn,
-            _ => match self.tables.translate(gfn, Access::WRITE) {
+        let pfn = match self.tlb[tlb_index(gfn)] {
+            Some((cached, pfn)) if cached == gfn => pfn,
+            _ => match self.in_tables(|tables| tables.translate(gfn, Access::WRITE)) {
                 Translation::Frame(pfn) => {
-                    *entry = Some((gfn, pfn));
+                    self.tlb[tlb_index(gfn)] = Some((gfn, pfn));
                     pfn
                 }
                 Translation::Fault(_) => return false,
@@ -227,6 +224,15 @@ impl<'m, 'r> Guest<'m, 'r> {
             self.seen.wrong += 1;
         }
         true
+    }
+
+    /// Looks at the tables as a vCPU may.
+    #[inline]
+    fn in_tables<R>(&mut self, look: impl FnOnce(&Tables<Npt4, HeapMemory>) -> R) -> R {
+        let mut walker = self.vcpu.walker();
+        let section = walker.walk();
+        let tables = self.shared.mmu.secondary().tables(SpaceId(0), section.walking());
+        look(tables.expect("there is one address space"))
     }
 
     /// Outside: one turn of the fault path.

@@ -159,6 +159,8 @@ impl<const IPA_BITS: u8> Format for Vmsa<IPA_BITS> {
     const LARGEST_LEAF: PageSize = if Self::LEVELS > 2 { PageSize::Size1G } else { PageSize::Size2M };
     const PFN_BITS: u32 = PFN_BITS;
     const HAS_DIRTY: bool = true;
+    // Without FEAT_BBM level 2, which is not relied on (Arm ARM, D8.16.1).
+    const BREAK_BEFORE_MAKE: bool = true;
     const FROZEN: u64 = FROZEN;
     const GPA_BITS: u32 = IPA_BITS as u32;
 

@@ -1,18 +1,22 @@
 //! Installing a leaf, and the tables on the way to it.
 
-use afterimage_mmu::{Gfn, Level, Mapped, PageSize, Pfn};
+use afterimage_mmu::{Gfn, Level, Mapped, Pfn};
 
 use super::reach::Place;
-use super::{MapError, Tables};
+use super::split::smaller;
+use super::upgrade::{Upgrade, upgrade};
+use super::{MapError, Split, Tables};
 use crate::format::{Entry, Format, Leaf};
 use crate::memory::{TableCache, TableMemory};
+use crate::mutation::{self, Mutation};
 use crate::sync::{AtomicU64, Ordering};
 
 impl<F: Format, M: TableMemory> Tables<F, M> {
     /// Maps the block of `leaf.size` around `gfn` to `leaf`.
     ///
     /// Where tables for smaller pages exist already, only the smaller page around `gfn` is mapped. Where a leaf of the
-    /// same frame exists, it gains what `leaf` allows and it does not (`Fixed`), or allows all of it (`Spurious`).
+    /// same frame exists, it gains what `leaf` allows and it does not (`Fixed`), or allows all of it (`Spurious`); a larger
+    /// one is split first, so that its other frames gain nothing.
     /// The caller has topped up `cache`, and knows that `leaf` is current.
     #[inline]
     pub fn map(&self, gfn: Gfn, leaf: Leaf, cache: &mut TableCache<M>) -> Result<Mapped, MapError> {
@@ -50,8 +54,21 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
             };
             match place.said() {
                 Entry::Absent | Entry::Mmio(_) => return Ok(place.exchange(raw)),
+                Entry::Frozen if mutation::active(Mutation::FrozenOverwritten) => {
+                    return Ok(place.exchange(raw));
+                }
                 Entry::Frozen => return Ok(Mapped::LostRace),
-                Entry::Leaf(found) => return self.upgrade(&place, gfn, found, wanted),
+                Entry::Leaf(found) => match upgrade(gfn, found, wanted)? {
+                    Upgrade::None => return Ok(Mapped::Spurious),
+                    Upgrade::To(leaf) => return Ok(place.exchange(F::encode_leaf(leaf)?)),
+                    Upgrade::Smaller if F::BREAK_BEFORE_MAKE => {
+                        return Err(MapError::LargerLeaf { gfn, size: found.size });
+                    }
+                    Upgrade::Smaller => match self.split_at(place, found, gfn, cache, |_| ())? {
+                        Split::Done(_) => {}
+                        Split::NotLarge | Split::LostRace => return Ok(Mapped::LostRace),
+                    },
+                },
                 Entry::Foreign => return Err(foreign(gfn, &place)),
                 Entry::Table(_) => wanted = wanted.narrowed(gfn),
             }
@@ -110,10 +127,7 @@ impl Leaf {
 
     /// The part of it around `gfn`, one size smaller.
     fn narrowed(self, gfn: Gfn) -> Self {
-        let size = match self.size {
-            PageSize::Size1G => PageSize::Size2M,
-            PageSize::Size2M | PageSize::Size4K => PageSize::Size4K,
-        };
+        let size = smaller(self.size);
         let pfn = Pfn::new(self.pfn_of(gfn).as_u64() & !(size.frames() - 1));
         Self { pfn, size, ..self }
     }

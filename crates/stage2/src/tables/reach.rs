@@ -30,9 +30,10 @@ impl<'t, F: Format, M: TableMemory> TableRef<'t, F, M> {
     #[inline]
     fn new(tables: &'t Tables<F, M>, frame: Pfn, entries: usize, level: Level) -> Self {
         let start = tables.memory.entries(frame);
-        // SAFETY: (1) the frame came from `allocate` of this memory, with as many entries: `link` alone writes
-        // links, to such frames, and what is not one of ours is not followed; (2) it is freed by `drop` alone, which
-        // no borrow of the tables outlives; (3) entries are only ever used as atomics.
+        // SAFETY: (1) the frame came from `allocate` of this memory, with as many entries: `link` and `split` alone
+        // write links, to such frames, and what is not one of ours is not followed; (2) it is freed by `drop`, which no
+        // borrow of the tables outlives, or by `free`, whose caller knows that no borrow is left that could have found it;
+        // (3) entries are only ever used as atomics.
         let entries = unsafe { core::slice::from_raw_parts::<AtomicU64>(start, entries) };
         Self { tables, entries, level }
     }
@@ -57,6 +58,11 @@ impl<'t, F: Format, M: TableMemory> TableRef<'t, F, M> {
         Some(Self::new(self.tables, child, ENTRIES, level))
     }
 
+    /// Every entry, in order.
+    pub(super) fn entries(self) -> &'t [AtomicU64] {
+        self.entries
+    }
+
     /// Reads the entry of `gfn`.
     #[inline]
     pub(crate) fn look(self, gfn: Gfn) -> Place<'t, F, M> {
@@ -66,6 +72,7 @@ impl<'t, F: Format, M: TableMemory> TableRef<'t, F, M> {
     }
 
     /// The frames that the table translates around `gfn`.
+    #[inline]
     pub(crate) fn span(self, gfn: Gfn) -> GfnRange {
         block(gfn, self.level.frames() * self.entries.len() as u64)
     }
@@ -75,6 +82,28 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
     #[inline]
     pub(crate) fn root_table(&self) -> TableRef<'_, F, M> {
         TableRef::new(self, self.root, F::ROOT_PAGES * ENTRIES, F::ROOT_LEVEL)
+    }
+}
+
+impl<F: Format, M: TableMemory> Tables<F, M> {
+    /// A page of a cache, which is linked nowhere, as the table that it may become below an entry of `level`.
+    pub(super) fn unlinked(&self, page: Pfn, level: Level) -> TableRef<'_, F, M> {
+        let below =
+            Level::new(level.number() - 1).expect("only tables above the lowest level have tables below");
+        TableRef::new(self, page, ENTRIES, below)
+    }
+
+    /// Frees a table that was unlinked.
+    ///
+    /// # Safety
+    ///
+    /// (1) [`unlink`](Self::unlink) or [`collapse`](Self::collapse) of these tables gave `table`, and it was not freed
+    /// since; (2) every CPU was made to forget it; (3) every borrow of these tables has ended that was alive when it
+    /// was unlinked.
+    pub unsafe fn free(&self, table: Pfn) {
+        // SAFETY: (1) a linked frame came from this memory as one page, and has one link; (2) it was unlinked, so that
+        // whoever still could reach it had found it before: nobody, by the caller's (2) and (3).
+        unsafe { self.memory.free(table, 1) };
     }
 }
 

@@ -4,8 +4,9 @@ use afterimage_mmu::{Gfn, Mapped};
 
 use super::reach::Place;
 use super::{MapError, Tables};
-use crate::format::{Entry, Format, Leaf};
+use crate::format::{Entry, Format, Leaf, Writable};
 use crate::memory::TableMemory;
+use crate::mutation::{self, Mutation};
 use crate::sync::Ordering;
 
 impl<F: Format, M: TableMemory> Tables<F, M> {
@@ -23,26 +24,6 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
         Some(place.exchange(F::encode_leaf(merged).ok()?))
     }
 
-    pub(super) fn upgrade(
-        &self,
-        place: &Place<'_, F, M>,
-        gfn: Gfn,
-        found: Leaf,
-        wanted: Leaf,
-    ) -> Result<Mapped, MapError> {
-        if found.pfn_of(gfn) != wanted.pfn_of(gfn) || found.memory != wanted.memory {
-            return Err(MapError::Conflict { gfn, found, wanted });
-        }
-        let merged = found.merged(wanted);
-        if merged == found {
-            return Ok(Mapped::Spurious);
-        }
-        if found.size != wanted.size {
-            return Err(MapError::LargerLeaf { gfn, size: found.size });
-        }
-        Ok(place.exchange(F::encode_leaf(merged)?))
-    }
-
     /// Writes `new` over `old`, the leaf that the place was seen to hold; `Err`: the word is another by now.
     pub(super) fn change(&self, place: &Place<'_, F, M>, old: Leaf, new: Leaf) -> Result<(), u64> {
         if new == old {
@@ -54,7 +35,43 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
     }
 }
 
+/// What a leaf that is there lacks of what is wanted.
+pub(super) enum Upgrade {
+    /// Nothing.
+    None,
+    /// It is to become this.
+    To(Leaf),
+    /// Something, for a part of it only.
+    Smaller,
+}
+
+/// Compares what maps `gfn` with what is to map it.
+pub(super) fn upgrade(gfn: Gfn, found: Leaf, wanted: Leaf) -> Result<Upgrade, MapError> {
+    let conflicts = found.pfn_of(gfn) != wanted.pfn_of(gfn) || found.memory != wanted.memory;
+    if conflicts && mutation::active(Mutation::ConflictOverwritten) {
+        return Ok(Upgrade::To(wanted));
+    }
+    if conflicts {
+        return Err(MapError::Conflict { gfn, found, wanted });
+    }
+    let merged = found.merged(wanted);
+    Ok(match () {
+        () if merged == found => Upgrade::None,
+        // A mark alone is no reason to split.
+        () if found.size != wanted.size && merged.without_marks() != found.without_marks() => {
+            Upgrade::Smaller
+        }
+        () => Upgrade::To(merged),
+    })
+}
+
 impl Leaf {
+    /// The same with both marks, as far as it may have them: to compare what leaves allow.
+    pub(super) fn without_marks(self) -> Self {
+        let writable = if self.writable.is_allowed() { Writable::Dirty } else { self.writable };
+        Self { writable, accessed: true, ..self }
+    }
+
     /// What either allows.
     fn merged(self, other: Self) -> Self {
         Self {

@@ -1,0 +1,62 @@
+//! Deliberate breaks: each removes one rule of the tables, so that a test can show that it would be noticed.
+//!
+//! Without the feature `mutations` the question "is it on?" is the constant `false` and leaves no code behind. The rules of
+//! the protocol above the tables are switched off in `afterimage_mmu::mutation`.
+
+/// One rule that can be switched off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+#[non_exhaustive]
+pub enum Mutation {
+    /// A removed table's entries are given back before it is unlinked: an install finds room in a dead table.
+    RemovedTableThaws = 1,
+    /// A removed table is freed at once (rule F3).
+    FreeAtOnce,
+    /// A large leaf is split in one exchange where the architecture demands break-before-make.
+    SplitWithoutBreak,
+    /// A table is collapsed while installs and changes go on in it.
+    CollapseWithoutFreezing,
+    /// A collapse forgets that a part was written.
+    CollapseLosesDirty,
+    /// A split forgets that the large page was written.
+    SplitLosesDirty,
+    /// An install takes a frozen entry for an absent one.
+    FrozenOverwritten,
+    /// A zap passes a frozen entry by.
+    ZapSkipsFrozen,
+    /// A leaf becomes a leaf of another frame without a zap in between.
+    ConflictOverwritten,
+    /// A large leaf is installed though only the faulting frame was verified.
+    LargeBeyondVerdict,
+    /// Private and shared frames are mapped by one large leaf.
+    MixedLarge,
+    /// A logged slot's frames are mapped by large leaves.
+    LoggedLarge,
+    /// A write protection is not flushed.
+    ProtectWithoutFlush,
+    /// A zapped leaf's dirty mark does not reach the log.
+    ZapLosesDirty,
+}
+
+#[cfg(feature = "mutations")]
+static ACTIVE: core::sync::atomic::AtomicU32 = core::sync::atomic::AtomicU32::new(0);
+
+/// Switches one rule off for the whole process, or all rules on again with `None`.
+#[cfg(feature = "mutations")]
+pub fn set(mutation: Option<Mutation>) {
+    ACTIVE.store(mutation.map_or(0, |m| m as u32), core::sync::atomic::Ordering::SeqCst);
+}
+
+/// Whether this rule is switched off.
+#[cfg(feature = "mutations")]
+#[inline]
+pub fn active(mutation: Mutation) -> bool {
+    ACTIVE.load(core::sync::atomic::Ordering::Relaxed) == mutation as u32
+}
+
+/// Whether this rule is switched off: never, without the feature `mutations`.
+#[cfg(not(feature = "mutations"))]
+#[inline(always)]
+pub const fn active(_mutation: Mutation) -> bool {
+    false
+}

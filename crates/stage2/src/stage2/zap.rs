@@ -1,0 +1,148 @@
+//! What a zap leaves: leaf by leaf, or table by table.
+//!
+//! | asked | 4 KiB leaf | large leaf |
+//! |---|---|---|
+//! | unmap | absent | absent, as a whole |
+//! | write-protect, by the primary MMU | `Never`: the next write asks it again | absent: its next frame asks |
+//! | track, for the dirty log | `Protected`: the next write is recorded, and needs nobody | the same, and is split then; absent where a split would have to break it first |
+//!
+//! An invalidation takes leaves only; tables stay, for the next fault. Where a slot goes, the tables that are within it go,
+//! from the lowest level up, so that each step is short: KVM's order for a whole root, too. Each is handed to the engine,
+//! which frees it after a flush, when nobody walks any more who could have found it.
+//!
+//! Source: Linux `tdp_mmu_zap_leafs`, `tdp_mmu_zap_root`, `wrprot_gfn_range`.
+
+use afterimage_mmu::{GfnRange, Level, Memslot, Pfn, Retired, Steps, Turn, Zap, ZapWalk, Zapped};
+
+use super::{Host, Stage2};
+use crate::format::{Format, Writable};
+use crate::leaves::{Change, LeafEntry, Step};
+use crate::mutation::{self, Mutation};
+
+impl<F: Format, H: Host> Stage2<F, H> {
+    pub(super) fn zap_leaves(&self, slot: &Memslot, gfns: GfnRange, zap: Zap, walk: &mut ZapWalk<'_, Self>) {
+        let mut left = gfns;
+        while self.zap_some(slot, &mut left, zap, walk) == Turn::GiveWay {
+            walk.give_way();
+        }
+    }
+
+    /// Zaps until nothing is left, or the walk has to give way.
+    fn zap_some(&self, slot: &Memslot, left: &mut GfnRange, zap: Zap, walk: &mut ZapWalk<'_, Self>) -> Turn {
+        let (walking, mut steps) = walk.parts();
+        let Some(tables) = self.tables(slot.space, walking) else { return Turn::GoOn };
+        let mut leaves = tables.leaves(*left);
+        while let Some(step) = leaves.next() {
+            let (done, zapped) = match step {
+                Step::Gap(gap) => (gap, Zapped::Nothing),
+                Step::Leaf(entry) => match zap_leaf(&entry, zap) {
+                    Some(zapped) => (entry.gfns(), zapped),
+                    None => {
+                        crate::sync::spin();
+                        leaves.look_again(entry.gfns());
+                        continue;
+                    }
+                },
+            };
+            left.start = done.end;
+            if steps.step(done, zapped) == Turn::GiveWay && !left.is_empty() {
+                return Turn::GiveWay;
+            }
+        }
+        Turn::GoOn
+    }
+
+    /// Unlinks every table within the slot. What an install links meanwhile stays, until the next time.
+    pub(super) fn zap_tables(&self, slot: &Memslot, walk: &mut ZapWalk<'_, Self>) {
+        for level in (1..F::ROOT_LEVEL.number()).filter_map(Level::new) {
+            let mut left = slot.gfns();
+            while self.unlink_some(slot, &mut left, level, walk) == Turn::GiveWay {
+                walk.give_way();
+            }
+        }
+    }
+
+    fn unlink_some(
+        &self,
+        slot: &Memslot,
+        left: &mut GfnRange,
+        level: Level,
+        walk: &mut ZapWalk<'_, Self>,
+    ) -> Turn {
+        let (walking, mut steps) = walk.parts();
+        let Some(tables) = self.tables(slot.space, walking) else { return Turn::GoOn };
+        while steps.room() > 0
+            && let Some(gfns) = tables.next_table(*left, level)
+        {
+            left.start = gfns.end;
+            let Some(removed) = tables.unlink(gfns.start, level) else { continue };
+            if let Some(table) = removed.table {
+                self.retire(&mut steps, table, gfns);
+            }
+            let zapped = if removed.frames > 0 { Zapped::Unflushed(removed.frames) } else { Zapped::Nothing };
+            if steps.step(gfns, zapped) == Turn::GiveWay {
+                return Turn::GiveWay;
+            }
+        }
+        Turn::GoOn
+    }
+
+    pub(super) fn retire(&self, steps: &mut Steps<'_, '_, Self>, table: Pfn, gfns: GfnRange) {
+        if mutation::active(Mutation::FreeAtOnce) {
+            self.free_at_once(table);
+            return;
+        }
+        steps.retire(table, gfns);
+    }
+}
+
+/// `None`: the entry is frozen.
+fn zap_leaf<F: Format>(entry: &LeafEntry<'_, F>, zap: Zap) -> Option<Zapped> {
+    let is_large = entry.gfns().len() > 1;
+    let left = match zap {
+        Zap::Unmap => None,
+        Zap::WriteProtect => (!is_large).then_some(Writable::Never),
+        Zap::TrackDirty => (!is_large || !F::BREAK_BEFORE_MAKE).then_some(Writable::Protected),
+    };
+    let change = match left {
+        None => entry.take_away(),
+        Some(left) => entry.write_protect(left),
+    };
+    match change {
+        // What could not be written before is as no CPU can write it: that was flushed under the lock.
+        Change::Did(before) if left.is_some() && !before.writable.is_allowed() => Some(Zapped::Nothing),
+        Change::Did(_) if left.is_some() && mutation::active(Mutation::ProtectWithoutFlush) => {
+            Some(Zapped::Nothing)
+        }
+        Change::Did(before) => Some(Zapped::Unflushed(before.size.frames())),
+        Change::Gone => Some(Zapped::Nothing),
+        Change::Frozen => None,
+    }
+}
+
+// UNSAFETY: tables are freed that were unlinked, on the engine's word that nobody can reach them.
+#[expect(unsafe_code)]
+mod freeing {
+    use super::{Format, Host, Pfn, Retired, Stage2};
+
+    impl<F: Format, H: Host> Stage2<F, H> {
+        pub(in crate::stage2) fn free_retired(&self, retired: &Retired<Self>) {
+            // Every space has its tables in the same memory.
+            let Some(tables) = self.spaces.first() else { return };
+            for table in retired.tables() {
+                // SAFETY: (1) only `retire` above, and only of the walk of the engine that these tables are attached to,
+                // fills a `Retired` of this type, with what `unlink` and `collapse` gave; the engine gives it back once; (2)
+                // it has flushed, also CPUs' paging-structure caches, and (3) has waited for every `Walking` but
+                // those of `mmu_lock`, which the unlinking thread held for write. Borrows of tables end with their `Walking`.
+                unsafe { tables.free(*table) };
+            }
+        }
+
+        /// What the mutation does; nothing but a test that looks for the freed table's words may run then.
+        pub(in crate::stage2) fn free_at_once(&self, table: Pfn) {
+            let Some(tables) = self.spaces.first() else { return };
+            // SAFETY: none. The rule is switched off, for a test whose memory keeps freed tables mapped.
+            unsafe { tables.free(table) };
+        }
+    }
+}

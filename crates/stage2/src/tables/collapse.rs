@@ -1,0 +1,93 @@
+//! A table of leaves that together say what one large leaf says becomes that leaf.
+//!
+//! Every entry of the table is frozen first: from there on nobody can give one part other permissions, or install below.
+//! What does not fit is found by then, and the table is given back as it was, with no mark less.
+//!
+//! Where nothing must be broken first, the link becomes the leaf in one exchange, and for a while CPUs hold both, which
+//! say the same. The table is freed after a flush all the same (rule F3): paging-structure caches point to it.
+//!
+//! Source: Linux `recover_huge_pages_range`; the freezing is our own, since here faults hold no lock that excludes it.
+
+use afterimage_mmu::{Gfn, GfnRange, PageSize, Pfn};
+
+use super::freeze::publish;
+use super::split::smaller;
+use super::{Removed, Tables, entry_block};
+use crate::format::{Entry, Format, Leaf};
+use crate::memory::TableMemory;
+use crate::mutation::{self, Mutation};
+use crate::sync::Ordering;
+
+impl<F: Format, M: TableMemory> Tables<F, M> {
+    /// Puts one leaf of `size` in the place of the table around `gfn`, if its leaves are contiguous, and equal but for their
+    /// marks. The table is unlinked; no frame is taken away.
+    ///
+    /// `flush` as for [`split`](Self::split). The caller knows that a leaf of `size` may be mapped there.
+    pub fn collapse(&self, gfn: Gfn, size: PageSize, flush: impl FnOnce(GfnRange)) -> Option<Removed> {
+        let (place, table) =
+            self.link_above(gfn, smaller(size).level()).filter(|_| size > PageSize::Size4K)?;
+        let (table, child) = (table?, place.child?);
+        let first = match child.entries().first().map(|entry| entry.load(Ordering::Acquire)) {
+            Some(raw) => match F::decode(raw, child.level()) {
+                Entry::Leaf(leaf) => leaf,
+                _ => return None,
+            },
+            None => return None,
+        };
+        let part = |index: usize| Leaf {
+            pfn: Pfn::new(first.pfn.as_u64() + index as u64 * first.size.frames()),
+            ..first
+        };
+        F::encode_leaf(Leaf { size, ..first }).ok()?;
+        let fits = |index: usize, said: Entry| match said {
+            Entry::Leaf(leaf) => (leaf.without_marks() == part(index).without_marks()).then_some(leaf),
+            _ => None,
+        };
+        // A look before anything is touched: most tables do not fit.
+        let mut entries = child.entries().iter().enumerate();
+        if !entries.all(|(index, entry)| {
+            fits(index, F::decode(entry.load(Ordering::Acquire), child.level())).is_some()
+        }) {
+            return None;
+        }
+        let give_back = |count: usize, large: Leaf| {
+            let Leaf { writable, accessed, .. } = large;
+            child.thaw(count, |index| {
+                let leaf = Leaf { writable, accessed, ..part(index) };
+                F::encode_leaf(leaf).expect("the leaf was decoded, and has more marks")
+            });
+        };
+        let mut large = Leaf { size, ..first };
+        let mut merge = |index, said| match fits(index, said) {
+            Some(leaf) => {
+                large.writable = large.writable.max(leaf.writable);
+                large.accessed |= leaf.accessed;
+                true
+            }
+            None => false,
+        };
+        if mutation::active(Mutation::CollapseWithoutFreezing) {
+            for (index, entry) in child.entries().iter().enumerate() {
+                merge(index, F::decode(entry.load(Ordering::Acquire), child.level()));
+            }
+        } else if let Err(stopped) = child.freeze(merge) {
+            give_back(stopped.at, large);
+            return None;
+        }
+        if mutation::active(Mutation::CollapseLosesDirty) {
+            large.writable = first.writable;
+        }
+        let gfns = entry_block(gfn, place.level);
+        let raw = F::encode_leaf(large).expect("it could be encoded with fewer marks");
+        let next = if F::BREAK_BEFORE_MAKE { F::FROZEN } else { raw };
+        if place.entry.compare_exchange(place.raw, next, Ordering::AcqRel, Ordering::Acquire).is_err() {
+            give_back(child.entries().len(), large);
+            return None;
+        }
+        if F::BREAK_BEFORE_MAKE {
+            flush(gfns);
+            publish(place.entry, raw);
+        }
+        Some(Removed { gfns, frames: 0, table: Some(table) })
+    }
+}

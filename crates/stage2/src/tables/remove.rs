@@ -1,0 +1,94 @@
+//! Taking tables away, from the lowest level up: each with the leaves in it, and without tables below.
+//!
+//! A table is frozen as a whole while it is still linked. Then it is unlinked, and nobody has installed anything in it that
+//! is lost without a trace. If a table turns up below (an install has linked one meanwhile), the entries are given back
+//! as absent, and the one below has to go first.
+//!
+//! Source: Linux `handle_removed_pt`, `tdp_mmu_zap_root`.
+
+use afterimage_mmu::{Gfn, GfnRange, Level, Pfn};
+
+use super::reach::Place;
+use super::{Tables, entry_block};
+use crate::format::{Entry, Format};
+use crate::memory::TableMemory;
+use crate::mutation::{self, Mutation};
+use crate::sync::Ordering;
+
+/// What a removal did. The caller flushes, if it took leaves, and always before a table is freed.
+#[must_use = "the table must be freed, and CPUs made to forget its leaves"]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Removed {
+    /// What the table translated.
+    pub gfns: GfnRange,
+    /// Frames that its leaves mapped.
+    pub frames: u64,
+    /// The table, if it was unlinked; `None`: a table below is in the way.
+    pub table: Option<Pfn>,
+}
+
+impl<F: Format, M: TableMemory> Tables<F, M> {
+    /// The frames of the first table of `level` (no root) that lies within `gfns` as a whole.
+    pub fn next_table(&self, gfns: GfnRange, level: Level) -> Option<GfnRange> {
+        let gfns = gfns.intersection(self.reach());
+        let mut at = gfns.start;
+        while at < gfns.end {
+            let (place, below) = self.link_above(at, level)?;
+            let block = entry_block(at, place.level);
+            if below.is_some() && gfns.covers(block) {
+                return Some(block);
+            }
+            at = block.end;
+        }
+        None
+    }
+
+    /// Unlinks the table of `level` around `gfn` with every leaf in it, unless tables lie below it. `None`: there is no such
+    /// table.
+    pub fn unlink(&self, gfn: Gfn, level: Level) -> Option<Removed> {
+        let (place, below) = self.link_above(gfn, level)?;
+        let table = below?;
+        let child = place.child?;
+        let mut frames = 0;
+        let frozen = child.freeze(|_, said| match said {
+            Entry::Leaf(leaf) => {
+                frames += leaf.size.frames();
+                true
+            }
+            Entry::Absent | Entry::Mmio(_) => true,
+            Entry::Frozen | Entry::Table(_) | Entry::Foreign => false,
+        });
+        let gfns = entry_block(gfn, place.level);
+        let nothing = |_| F::ABSENT;
+        if let Err(stopped) = frozen {
+            child.thaw(stopped.at, nothing);
+            return Some(Removed { gfns, frames, table: None });
+        }
+        if mutation::active(Mutation::RemovedTableThaws) {
+            child.thaw(child.entries().len(), nothing);
+        }
+        let unlinked =
+            place.entry.compare_exchange(place.raw, F::ABSENT, Ordering::AcqRel, Ordering::Acquire);
+        if unlinked.is_err() {
+            child.thaw(child.entries().len(), nothing);
+        }
+        Some(Removed { gfns, frames, table: unlinked.is_ok().then_some(table) })
+    }
+
+    /// The entry that links, or would link, the table of `level` around `gfn`, or the one above at which the walk ends; and
+    /// that table.
+    pub(super) fn link_above(&self, gfn: Gfn, level: Level) -> Option<(Place<'_, F, M>, Option<Pfn>)> {
+        if level >= F::ROOT_LEVEL || !self.reach().contains(gfn) {
+            return None;
+        }
+        let mut table = self.root_table();
+        loop {
+            let place = table.look(gfn);
+            match (place.child, place.said()) {
+                (Some(child), _) if child.level() > level => table = child,
+                (Some(_), Entry::Table(frame)) => return Some((place, Some(frame))),
+                _ => return Some((place, None)),
+            }
+        }
+    }
+}
