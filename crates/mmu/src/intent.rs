@@ -124,11 +124,8 @@ fn encode(range: GfnRange) -> u64 {
     (first >> order << order) << GFN_SHIFT | order << ORDER_SHIFT
 }
 
-/// Whether an announcement names a frame that `covers` says yes to.
+/// Whether an announcement that is made names a frame that `covers` says yes to.
 fn names(word: u64, covers: impl FnOnce(GfnRange) -> bool) -> bool {
-    if word & ACTIVE == 0 {
-        return false;
-    }
     let first = word >> GFN_SHIFT & ((1 << GFN_BITS) - 1);
     match word >> ORDER_SHIFT & ((1 << ORDER_BITS) - 1) {
         NOTHING => false,
@@ -185,7 +182,7 @@ impl IntentWord {
     }
 
     /// Waits until the word is no longer `seen`.
-    fn wait_out<P: Platform>(&self, seen: u64, barriers: Barriers) {
+    pub(crate) fn wait_out<P: Platform>(&self, seen: u64, barriers: Barriers) {
         for _ in 0..P::SPINS {
             if self.word.load(Ordering::Acquire) != seen {
                 return;
@@ -202,32 +199,16 @@ impl IntentWord {
         }
     }
 
-    /// Waits for the announcement that is made now, if it names a frame that `covers` says yes to; whether it did.
-    /// Behind the heavy barrier.
-    pub(crate) fn drain<P: Platform>(
-        &self,
-        covers: impl FnOnce(GfnRange) -> bool,
-        barriers: Barriers,
-    ) -> Waited {
-        // Acquire, also of a quiet word: what was installed before it was cleared is seen by the zap.
+    /// The announcement that is made now, if any.
+    pub(crate) fn announced(&self) -> Option<u64> {
+        // Acquire, also of a quiet word: what was done before it was cleared is seen by who looks.
         let seen = self.word.load(Ordering::Acquire);
-        if mutation::active(Mutation::BeginWithoutDrain) || !names(seen, covers) {
-            return Waited::No;
-        }
-        self.wait_out::<P>(seen, barriers);
-        Waited::Yes
+        (seen & ACTIVE != 0).then_some(seen)
     }
 
-    pub(crate) fn is_announced(&self) -> bool {
-        self.word.load(Ordering::Acquire) & ACTIVE != 0
-    }
-
-    /// Waits for the announcement that is made now, whatever it says. Behind the heavy barrier.
-    pub(crate) fn quiesce<P: Platform>(&self, barriers: Barriers) {
-        let seen = self.word.load(Ordering::Acquire);
-        if seen & ACTIVE != 0 {
-            self.wait_out::<P>(seen, barriers);
-        }
+    /// The announcement that is made now, if it names a frame that `covers` says yes to.
+    pub(crate) fn named(&self, covers: impl FnOnce(GfnRange) -> bool) -> Option<u64> {
+        self.announced().filter(|seen| names(*seen, covers))
     }
 }
 
@@ -394,6 +375,11 @@ mod tests {
     #[test]
     fn a_walk_names_no_frame_and_a_quiet_word_nothing() {
         assert!(!names(NOTHING << ORDER_SHIFT | ACTIVE, |_| true));
-        assert!(!names(encode(frames(1, 2)), |_| true));
+        let word = IntentWord::new();
+        assert_eq!(word.named(|_| true), None);
+        word.announce(encode(frames(1, 2)), Barrier::Symmetric);
+        assert!(word.named(|_| true).is_some());
+        word.clear::<crate::Spin>(Barriers::of::<crate::Spin>(Barrier::Symmetric));
+        assert_eq!(word.announced(), None);
     }
 }

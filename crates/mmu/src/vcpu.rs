@@ -219,17 +219,34 @@ impl<P: Platform> VcpuWords<P> {
             self.barriers.announce.heavy::<P>();
         }
         let mut waited = Waited::No;
-        for vcpu in self.words.read().iter() {
-            if vcpu.intent.drain::<P>(&covers, self.barriers) == Waited::Yes {
-                waited = Waited::Yes;
-            }
+        if !mutation::active(Mutation::BeginWithoutDrain) {
+            self.wait_for_each(|word| word.named(&covers), || waited = Waited::Yes);
         }
         waited
     }
 
+    /// Waits, for each vCPU in turn, until its word is no longer what `look` finds there. Nothing is locked and nothing
+    /// allocated meanwhile: vCPUs may come and go. Who comes announces behind the caller's barrier, and need not be looked at.
+    fn wait_for_each(&self, look: impl Fn(&IntentWord) -> Option<u64>, mut before: impl FnMut()) {
+        let mut next = 0;
+        loop {
+            let found = {
+                let words = self.words.read();
+                let from = words.iter().filter(|vcpu| vcpu.id >= next);
+                let waiting = from.filter_map(|vcpu| Some((vcpu, look(&vcpu.intent)?)));
+                waiting.min_by_key(|(vcpu, _)| vcpu.id).map(|(vcpu, seen)| (Arc::clone(vcpu), seen))
+            };
+            let Some((vcpu, seen)) = found else { return };
+            before();
+            vcpu.intent.wait_out::<P>(seen, self.barriers);
+            // In the order of their numbers, each once: doomed announcements that follow are none of the caller's business.
+            next = vcpu.id + 1;
+        }
+    }
+
     /// Whether any vCPU has announced anything.
     pub(crate) fn is_announced(&self) -> bool {
-        self.words.read().iter().any(|vcpu| vcpu.intent.is_announced())
+        self.words.read().iter().any(|vcpu| vcpu.intent.announced().is_some())
     }
 
     /// Returns when nobody walks who could have found a table that was unlinked before the call; holders of `mmu_lock` and
@@ -239,11 +256,11 @@ impl<P: Platform> VcpuWords<P> {
             return;
         }
         self.barriers.announce.heavy::<P>();
-        for vcpu in self.words.read().iter() {
-            vcpu.intent.quiesce::<P>(self.barriers);
-        }
+        self.wait_for_each(IntentWord::announced, || {});
         for visitor in &self.visitors {
-            visitor.intent.quiesce::<P>(self.barriers);
+            if let Some(seen) = visitor.intent.announced() {
+                visitor.intent.wait_out::<P>(seen, self.barriers);
+            }
         }
     }
 

@@ -2,8 +2,9 @@
 //!
 //! What only a rare schedule shows (fences, orderings, wake-ups, the lock) is left to loom, which does the same to its
 //! models: `EndCountFirst`, `ReaderWithoutFence`, `WaitWithoutMark`, `EnterWithoutFence`, `RequestWithoutFence`,
-//! `ReaderIgnoresWriter`, `WriterIgnoresReaders`, and all of the `…WithoutWake` and `…Relaxed`. The `Discard…` and
-//! `Evict…` belong to the crate that owns the pages.
+//! `ReaderIgnoresWriter`, `WriterIgnoresReaders`, `AnnounceWithoutFence`, `ClearWithoutFence`, `DrainWithoutFence`,
+//! `FreeWithoutQuiescence`, and all of the `…WithoutWake` and `…Relaxed`. The `Discard…` and `Evict…` belong to the crate that
+//! owns the pages.
 #![cfg(not(loom))]
 
 #[expect(dead_code, reason = "only some scenarios are about a rule that can be switched off")]
@@ -13,9 +14,12 @@ mod support;
 use std::panic::{catch_unwind, set_hook, take_hook};
 use std::sync::{Mutex, PoisonError};
 
+use afterimage_mmu::WitnessKind;
 use afterimage_mmu::mutation::{self, Mutation};
 
-use scenarios::{fault, invalidation, memslots, pages, precheck, stress, waiting, words, yielding};
+use support::machine::with_witness;
+
+use scenarios::{fault, intents, invalidation, memslots, pages, precheck, stress, waiting, words, yielding};
 
 /// A mutation is switched on for the whole process.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
@@ -23,7 +27,7 @@ static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 #[track_caller]
 fn fails_without(rule: Mutation, scenario: fn()) {
     let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-    scenario();
+    with_witness(WitnessKind::Lock, scenario);
     let hook = take_hook();
     set_hook(Box::new(|_| ()));
     mutation::set(Some(rule));
@@ -96,6 +100,8 @@ rules! {
         waiting::an_invalidation_waits_for_a_guest_that_holds_a_translation;
     a_release_is_final: InstallAfterRelease is noticed by
         fault::a_release_overtakes_a_fault;
+    an_invalidation_waits_for_intents: BeginWithoutDrain is noticed by
+        intents::an_invalidation_waits_parked_for_an_install_of_its_frames;
     guests_notice_an_unchecked_install: VerifyAlwaysFresh is noticed by
         stress::nor_where_nothing_is_checked_without_the_lock;
     guests_notice_a_forgotten_frame: ZapForgetsLastFrame is noticed by

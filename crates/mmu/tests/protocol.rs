@@ -58,6 +58,11 @@ tests! {
         a_vcpu_that_goes_away_in_the_guest_holds_nobody_up,
         numbers_are_reused_and_counts_are_kept,
     }
+    intents {
+        an_invalidation_waits_parked_for_an_install_of_its_frames,
+        a_slow_install_holds_nobody_else_up,
+        an_announced_block_is_verified_like_a_fault,
+    }
     invalidation {
         when_it_has_begun_nothing_maps_the_range,
         without_translations_nothing_is_flushed,

@@ -5,6 +5,8 @@ use afterimage_mmu::{GfnRange, Invalidations, MmuLock, Platform, Snapshot, Witne
 struct Nothing;
 
 impl Witness for Nothing {
+    const HOLDS_LOCK: bool = false;
+
     fn invalidations(&self) -> &Invalidations {
         loop {}
     }

@@ -3,6 +3,7 @@
 
 pub(crate) mod fault;
 pub(crate) mod handshake;
+pub(crate) mod intents;
 pub(crate) mod invalidation;
 pub(crate) mod memslots;
 pub(crate) mod pages;

@@ -57,6 +57,16 @@ impl Gate {
     }
 }
 
+/// Opens a gate in the end, however it comes.
+#[derive(Debug)]
+pub(crate) struct Opened<'g>(pub(crate) &'g Gate);
+
+impl Drop for Opened<'_> {
+    fn drop(&mut self) {
+        self.0.open();
+    }
+}
+
 /// How often a thread has parked, for another one to wait for.
 #[derive(Debug, Default)]
 pub(crate) struct Parks {
