@@ -80,7 +80,7 @@ impl<F: Hardware, H: Host<Memory = TablePool>, M, R> fmt::Debug for SoftMachine<
 
 impl<F: Hardware, H: Host<Memory = TablePool>, M, R> SoftMachine<F, H, M, R> {
     fn root(&self) -> Pfn {
-        self.mmu.secondary().tables(SpaceId(0)).expect("a machine has an address space").root()
+        self.mmu.secondary().root(SpaceId(0)).expect("a machine has an address space")
     }
 }
 
