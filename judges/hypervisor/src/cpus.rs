@@ -74,6 +74,18 @@ fn command(cpu: usize, command: u32) {
     }
 }
 
+/// Ticks since the machine was started.
+pub(crate) fn clock() -> u64 {
+    // SAFETY: every CPU that has virtualisation has this instruction.
+    unsafe { core::arch::x86_64::_rdtsc() }
+}
+
+/// Passes that many ticks.
+pub(crate) fn wait(ticks: u64) {
+    let until = clock() + ticks;
+    while clock() < until {}
+}
+
 /// Says that the interrupt which ended a stay in the guest was taken.
 pub(crate) fn acknowledge() {
     apic_write(APIC_EOI, 0);
@@ -129,7 +141,7 @@ pub(crate) fn set_up() -> Descriptors {
     }
 }
 
-type Job<'a> = &'a (dyn Fn(usize) + Sync);
+type Job<'a> = &'a (dyn Fn(&Descriptors) + Sync);
 
 static JOB: AtomicPtr<Job<'static>> = AtomicPtr::new(core::ptr::null_mut());
 static ROUND: AtomicU32 = AtomicU32::new(0);
@@ -160,8 +172,13 @@ fn pause(turns: u32) {
     }
 }
 
+/// CPUs beside the first.
+pub(crate) fn others() -> usize {
+    OTHERS.load(Ordering::Relaxed)
+}
+
 /// What the CPUs beside the first do: they wait for work.
-pub(crate) fn wait_for_work() -> ! {
+pub(crate) fn wait_for_work(descriptors: &Descriptors) -> ! {
     let mut seen = 0;
     READY.fetch_add(1, Ordering::AcqRel);
     loop {
@@ -171,7 +188,7 @@ pub(crate) fn wait_for_work() -> ! {
         seen += 1;
         // SAFETY: `with_others` published a job that lives until every CPU is ready again.
         let job = unsafe { *JOB.load(Ordering::Acquire) };
-        job(this());
+        job(descriptors);
         READY.fetch_add(1, Ordering::AcqRel);
     }
 }
@@ -183,7 +200,7 @@ pub(crate) fn with_others(job: Job<'_>, mine: impl FnOnce()) {
     JOB.store((&raw mut job).cast(), Ordering::Release);
     ROUND.fetch_add(1, Ordering::AcqRel);
     mine();
-    while READY.load(Ordering::Acquire) < OTHERS.load(Ordering::Relaxed) {
+    while READY.load(Ordering::Acquire) < others() {
         core::hint::spin_loop();
     }
 }

@@ -3,7 +3,7 @@
 //! | guest frame | what |
 //! |---|---|
 //! | 1 | code |
-//! | 2 to 6 | page tables: pages of 1 GiB; 1 TiB for the kernel, and the same again, from 1 TiB on, for user programs |
+//! | 2, 3, 4 | page tables: 1 TiB in pages of 1 GiB |
 //! | 8 … | for each CPU: stack, then what its program remembers |
 
 // UNSAFETY: the program is bytes between labels.
@@ -23,8 +23,8 @@ pub(crate) const TABLES: Gpa = Gpa::new(2 * FRAME_BYTES);
 pub(crate) const CODE: Gfn = Gfn::new(1);
 /// Frames that the guest needs for itself.
 pub(crate) const SYSTEM_FRAMES: u64 = 64;
-/// What is mapped here is mapped for user programs.
-pub(crate) const USER_ALIAS: u64 = 1 << 40;
+/// Those among them that the first CPU's guest needs for one access.
+pub(crate) const FIRST_CPU: core::ops::RangeInclusive<u64> = 1..=8;
 const REMEMBERED: u64 = 8;
 const FRAMES_OF_A_CPU: u64 = 5;
 
@@ -74,7 +74,6 @@ pub(crate) fn frame(gfn: Gfn) -> [u64; 512] {
     let mut words = [0; 512];
     const TABLE: u64 = 0x27;
     const PAGE: u64 = 0xe3;
-    const USER: u64 = 4;
     match gfn.as_u64() {
         1 => {
             let start = &raw const guest_start;
@@ -87,13 +86,10 @@ pub(crate) fn frame(gfn: Gfn) -> [u64; 512] {
         2 => {
             words[0] = 3 * FRAME_BYTES | TABLE;
             words[1] = 4 * FRAME_BYTES | TABLE;
-            words[2] = 5 * FRAME_BYTES | TABLE;
-            words[3] = 6 * FRAME_BYTES | TABLE;
         }
-        number @ 3..=6 => {
-            let (half, user) = ((number - 3) % 2, number >= 5);
+        number @ (3 | 4) => {
             for (gib, word) in words.iter_mut().enumerate() {
-                *word = (half << 9 | gib as u64) << 30 | PAGE | if user { USER } else { 0 };
+                *word = ((number - 3) << 9 | gib as u64) << 30 | PAGE;
             }
         }
         _ => {}
@@ -110,9 +106,10 @@ unsafe extern "C" {
     static guest_end: u8;
 }
 
-// `guest_check`: rdi pages, rsi what it remembers, r8 random, r9 mask of page numbers, r10 turns, r11 offset of its
-// count in a page, r12 what a page's first word is, exclusive or its number. It halts with eax 0 when the turns are over, and
-// with rbx the page: 1, the first word is wrong; 2, its count is not what it left there; 3, the code is not this page's.
+// `guest_check`: rdi pages, rsi what it remembers, r8 random, r9 mask of page numbers, r10 turns so far, r11 offset of its
+// count in a page, r12 what a page's first word is, exclusive or its number. It never ends by itself. What is wrong makes
+// it halt, with rbx the page and eax 1, the first word is wrong; 2, its count is not what it left there; 3, the code is
+// not this page's.
 global_asm!(
     r#"
 .section .rodata.guest, "a"
@@ -163,10 +160,8 @@ guest_check:
     call rax
     cmp eax, ebx
     jne 93f
-3:  dec r10
-    jnz guest_check
-    xor eax, eax
-    hlt
+3:  inc r10
+    jmp guest_check
 91: mov rdx, rax
     mov eax, 1
     hlt

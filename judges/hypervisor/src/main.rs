@@ -14,58 +14,83 @@ mod guest;
 mod matrix;
 mod ram;
 mod runtime;
+mod storm;
 mod svm;
 mod vmx;
 mod walker;
 
-use afterimage_stage2::{ACCESSED_DIRTY, Ept, MODE_BASED_EXECUTE, Npt4};
+use afterimage_mmu::{PageSize, WitnessKind};
+use afterimage_stage2::{ACCESSED_DIRTY, Ept, Format, Npt4};
 
+use crate::boot::MAX_CPUS;
 use crate::console::{command_line, end, say};
 use crate::cpus::Descriptors;
+use crate::storm::Storm;
 use crate::svm::Svm;
 use crate::vmx::Vmx;
-use crate::walker::{Dialect, Walker};
+use crate::walker::{Marks, Walker};
+
+/// What the command line asks for: `cpus=3 events=500 matrix storm break=begin-without-flush`.
+#[derive(Debug)]
+struct Asked {
+    cpus: usize,
+    events: u64,
+    matrix: bool,
+    storm: bool,
+}
+
+impl Asked {
+    fn read() -> Self {
+        let mut asked = Self { cpus: 1, events: 0, matrix: false, storm: false };
+        for word in command_line() {
+            let number = |text: &str| text.parse::<u32>().expect("a number");
+            match word.split_once('=') {
+                None if word == "matrix" => asked.matrix = true,
+                None if word == "storm" => asked.storm = true,
+                Some(("cpus", text)) => asked.cpus = (number(text) as usize).min(MAX_CPUS),
+                Some(("events", text)) => asked.events = u64::from(number(text)),
+                Some(("break", rule)) => storm::break_rule(rule),
+                _ => panic!("what does {word:?} ask for?"),
+            }
+        }
+        asked
+    }
+}
 
 /// Every CPU comes here, with interrupts off; the first is 0.
 extern "C" fn start(cpu: u32) -> ! {
     if cpu > 0 {
-        cpus::set_up();
-        cpus::wait_for_work();
+        cpus::wait_for_work(&cpus::set_up());
     }
     ram::set_up();
     let descriptors = cpus::set_up();
+    let asked = Asked::read();
+    cpus::start_others(asked.cpus);
     match vendor() {
-        Some(Vendor::Amd) => {
-            let plain = Dialect { accessed_dirty: true, mode_based_execute: false };
-            let mut walker = Svm::new(&descriptors);
-            matrix::run::<Npt4, _>(&mut walker, plain);
+        Some(Vendor::Amd) => judge::<Npt4, Svm>(&asked, &descriptors, Marks::Set),
+        Some(Vendor::Intel) => {
+            judge::<Ept<4, ACCESSED_DIRTY>, Vmx>(&asked, &descriptors, Marks::Set);
+            judge::<Ept<4, 0>, Vmx>(&asked, &descriptors, Marks::Left);
         }
-        Some(Vendor::Intel) => intel(&descriptors),
-        None => say!("judge: FAILED: this CPU has neither SVM nor VMX"),
+        None => panic!("this CPU has neither SVM nor VMX"),
     }
     say!("judge: passed");
     end()
 }
 
-fn intel(descriptors: &Descriptors) {
-    let mut walker = Vmx::new(descriptors);
-    let mut dialect = |accessed_dirty, mode_based_execute| {
-        let dialect = Dialect { accessed_dirty, mode_based_execute };
-        if !walker.speaks(dialect) {
-            say!("  SKIP {dialect:?}: this CPU does not have it");
-            return;
+fn judge<F: Format, W: Walker>(asked: &Asked, descriptors: &Descriptors, marks: Marks) {
+    if asked.matrix {
+        matrix::run::<F, W>(&mut W::new(descriptors), marks);
+    }
+    if asked.storm {
+        for (backing, witness) in [
+            (PageSize::Size4K, WitnessKind::Lock),
+            (PageSize::Size4K, WitnessKind::Intent),
+            (PageSize::Size2M, WitnessKind::Intent),
+        ] {
+            storm::run::<F, W>(Storm { backing, witness, events: asked.events, marks });
         }
-        match (accessed_dirty, mode_based_execute) {
-            (false, false) => matrix::run::<Ept<4, 0>, _>(&mut walker, dialect),
-            (true, false) => matrix::run::<Ept<4, ACCESSED_DIRTY>, _>(&mut walker, dialect),
-            (false, true) => matrix::run::<Ept<4, MODE_BASED_EXECUTE>, _>(&mut walker, dialect),
-            (true, true) => matrix::run::<Ept<4, { ACCESSED_DIRTY | MODE_BASED_EXECUTE }>, _>(&mut walker, dialect),
-        };
-    };
-    dialect(true, false);
-    dialect(false, false);
-    dialect(true, true);
-    dialect(false, true);
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,14 +6,14 @@
 
 use afterimage_mmu::{Access, Found, Gfn, GfnRange, Level, PageSize, Pfn};
 use afterimage_stage2::{
-    ENTRIES, Entry, Execute, Format, HeapMemory, Leaf, MemoryType, TableCache, TableMemory, Tables, Translation,
-    Writable,
+    ENTRIES, Entry, Execute, Format, HeapMemory, Leaf, MemoryType, TableCache, TableMemory, Tables,
+    Translation, Writable,
 };
 
 use crate::console::say;
 use crate::guest::{self, Program};
 use crate::ram;
-use crate::walker::{Dialect, Exit, Registers, Walker};
+use crate::walker::{Exit, Marks, Registers, Walker};
 
 const SIZES: [PageSize; 3] = [PageSize::Size4K, PageSize::Size2M, PageSize::Size1G];
 const WRITABLE: [Writable; 5] =
@@ -30,8 +30,6 @@ const WRITTEN: u64 = 0xd1d1_d1d1_d1d1_d1d1;
 struct Touch {
     gfn: Gfn,
     access: Access,
-    /// Through an address of user programs.
-    user: bool,
 }
 
 /// What the hardware did with it.
@@ -46,7 +44,7 @@ enum Done {
 /// The judge of one format on one CPU.
 struct Judge<'w, F: Format, W: Walker> {
     walker: &'w mut W,
-    dialect: Dialect,
+    marks: Marks,
     format: core::marker::PhantomData<F>,
     accesses: u64,
 }
@@ -64,7 +62,7 @@ impl<F: Format> Subject<F> {
         let memory = HeapMemory::default();
         let tables = Tables::new(memory.clone()).expect("the heap has room");
         let mut subject = Self { memory, tables, cache: TableCache::default() };
-        for number in 0..guest::SYSTEM_FRAMES {
+        for number in guest::FIRST_CPU {
             let gfn = Gfn::new(number);
             let pfn = ram::guest_frame(gfn);
             subject.map(gfn, Leaf { pfn, size: PageSize::Size4K, ..FULL });
@@ -100,6 +98,18 @@ impl<F: Format> Subject<F> {
     }
 }
 
+/// What the hardware walks, and what the crate does.
+struct Pair<F: Format> {
+    real: Subject<F>,
+    twin: Subject<F>,
+}
+
+impl<F: Format> Pair<F> {
+    fn new() -> Self {
+        Self { real: Subject::new(), twin: Subject::new() }
+    }
+}
+
 const FULL: Leaf = Leaf {
     pfn: Pfn::new(0),
     size: PageSize::Size4K,
@@ -119,22 +129,17 @@ fn place(size: PageSize) -> (Pfn, u64) {
 }
 
 /// Judges every leaf of format `F`; how many accesses were made.
-pub(crate) fn run<F: Format, W: Walker>(walker: &mut W, dialect: Dialect) -> u64 {
-    let mut judge = Judge::<F, W> { walker, dialect, format: core::marker::PhantomData, accesses: 0 };
+pub(crate) fn run<F: Format, W: Walker>(walker: &mut W, marks: Marks) -> u64 {
+    let mut judge = Judge::<F, W> { walker, marks, format: core::marker::PhantomData, accesses: 0 };
     judge.leaves();
     judge.what_is_no_leaf();
     judge.far_away();
     judge.marks_come_back();
-    say!("  {} {dialect:?}: {} accesses are as the crate says", F::NAME, judge.accesses);
+    say!("  {}, marks {marks:?}: {} accesses are as the crate says", F::NAME, judge.accesses);
     judge.accesses
 }
 
 impl<F: Format, W: Walker> Judge<'_, F, W> {
-    fn executes(&self) -> &'static [Execute] {
-        const SPLIT: [Execute; 4] = [Execute::Never, Execute::Always, Execute::Supervisor, Execute::User];
-        if self.dialect.mode_based_execute { &SPLIT } else { &SPLIT[..2] }
-    }
-
     /// Runs a guest that touches, on these tables.
     fn touch(&mut self, subject: &Subject<F>, touch: Touch) -> Done {
         self.accesses += 1;
@@ -149,18 +154,20 @@ impl<F: Format, W: Walker> Judge<'_, F, W> {
         let mut registers = Registers {
             rip: program.start(),
             rsp: stack.as_u64(),
-            rdi: gpa + inside + if touch.user { guest::USER_ALIAS } else { 0 },
+            rdi: gpa + inside,
             rsi: WRITTEN,
             ..Registers::default()
         };
-        self.walker.load(subject.tables.root(), self.dialect);
+        self.walker.load(subject.tables.root(), self.marks);
         match self.walker.enter(&mut registers) {
             Exit::Halt if program == Program::Write => {
                 Done::Reached(ram::holding(WRITTEN).expect("what the guest wrote is nowhere"))
             }
             Exit::Halt => Done::Reached(Pfn::new(registers.rax & !STAMP)),
             Exit::Fault(fault) => {
-                assert_eq!(ram::holding(WRITTEN), None, "{touch:?}: the hardware wrote and then stopped");
+                if program == Program::Write {
+                    assert_eq!(ram::holding(WRITTEN), None, "{touch:?}: the hardware wrote and then stopped");
+                }
                 assert_eq!(fault.gpa.as_u64(), gpa + inside, "{touch:?}: the hardware names another address");
                 if fault.found != Found::Reserved {
                     assert_eq!(fault.access, touch.access, "{touch:?}: the hardware names another access");
@@ -171,26 +178,25 @@ impl<F: Format, W: Walker> Judge<'_, F, W> {
         }
     }
 
-    /// One access on both; `fill` fills each.
-    fn compare(&mut self, touch: Touch, fill: impl Fn(&mut Subject<F>)) -> Done {
-        let (mut real, mut twin) = (Subject::new(), Subject::new());
-        fill(&mut real);
-        fill(&mut twin);
+    /// One access on both, when `fill` has filled each; no leaf is left where it was.
+    fn compare(&mut self, pair: &mut Pair<F>, touch: Touch, fill: impl Fn(&mut Subject<F>)) -> Done {
+        let Pair { real, twin } = pair;
+        fill(real);
+        fill(twin);
         let before = real.entry(touch.gfn);
         let done = self.touch(&real, touch);
-        let said = match (twin.tables.translate(touch.gfn, touch.access), before) {
-            // The crate's walker does not tell who fetches.
-            (Translation::Frame(_), Entry::Leaf(leaf))
-                if touch.access == Access::EXEC && !allows(leaf.execute, touch.user) =>
-            {
-                assert_eq!(done, Done::Stopped(Found::Present), "{touch:?} of {before:?}");
-                return done;
-            }
-            (Translation::Frame(pfn), _) => Done::Reached(pfn),
-            (Translation::Fault(found), _) => Done::Stopped(found),
+        let said = match twin.tables.translate(touch.gfn, touch.access) {
+            Translation::Frame(pfn) => Done::Reached(pfn),
+            Translation::Fault(found) => Done::Stopped(found),
         };
         assert_eq!(done, said, "{touch:?} of {before:?}: left is the hardware, right the crate");
-        let (real, twin) = (real.entry(touch.gfn), twin.entry(touch.gfn));
+        let [real, twin] = [real, twin].map(|subject| {
+            let entry = subject.entry(touch.gfn);
+            if matches!(entry, Entry::Leaf(_)) {
+                subject.tables.zap(GfnRange::frame(touch.gfn));
+            }
+            entry
+        });
         // Hardware may count an access that it then stops (QEMU does, for pages of 1 GiB). Nothing else may differ.
         let counted = match (done, twin) {
             (Done::Stopped(_), Entry::Leaf(leaf)) => Entry::Leaf(Leaf { accessed: true, ..leaf }),
@@ -206,12 +212,13 @@ impl<F: Format, W: Walker> Judge<'_, F, W> {
     fn leaves(&mut self) {
         for size in SIZES {
             let (pfn, inside) = place(size);
+            let mut pair = Pair::new();
             for writable in WRITABLE {
                 for memory in MEMORY {
                     for accessed in [false, true] {
-                        for &execute in self.executes() {
+                        for execute in [Execute::Never, Execute::Always] {
                             let leaf = Leaf { pfn, size, writable, execute, memory, accessed };
-                            self.leaf(leaf, inside);
+                            self.leaf(&mut pair, leaf, inside);
                         }
                     }
                 }
@@ -219,15 +226,12 @@ impl<F: Format, W: Walker> Judge<'_, F, W> {
         }
     }
 
-    fn leaf(&mut self, leaf: Leaf, inside: u64) {
+    fn leaf(&mut self, pair: &mut Pair<F>, leaf: Leaf, inside: u64) {
         let base = Gfn::new(leaf.size.frames().max(PageSize::Size2M.frames()));
-        let users: &[bool] = if self.dialect.mode_based_execute { &[false, true] } else { &[false] };
         for access in [Access::READ, Access::WRITE, Access::EXEC] {
-            for &user in users {
-                let touch = Touch { gfn: base + inside, access, user };
-                ram::stamp(Pfn::new(leaf.pfn.as_u64() + inside), STAMP);
-                self.compare(touch, |subject| subject.map(base, leaf));
-            }
+            let touch = Touch { gfn: base + inside, access };
+            ram::stamp(Pfn::new(leaf.pfn.as_u64() + inside), STAMP);
+            self.compare(pair, touch, |subject| subject.map(base, leaf));
         }
     }
 
@@ -236,10 +240,10 @@ impl<F: Format, W: Walker> Judge<'_, F, W> {
         for access in [Access::READ, Access::WRITE, Access::EXEC] {
             for size in SIZES {
                 let gfn = Gfn::new(size.frames().max(PageSize::Size2M.frames()) + 5);
-                let touch = Touch { gfn, access, user: false };
-                let done = self.compare(touch, |_| {});
+                let touch = Touch { gfn, access };
+                let done = self.compare(&mut Pair::new(), touch, |_| {});
                 assert_eq!(done, Done::Stopped(Found::Absent));
-                let done = self.compare(touch, |subject| {
+                let done = self.compare(&mut Pair::new(), touch, |subject| {
                     let (pfn, _) = place(size);
                     subject.map(gfn, Leaf { pfn, size, ..FULL });
                     subject.write_raw(gfn, size.level(), F::FROZEN);
@@ -248,26 +252,31 @@ impl<F: Format, W: Walker> Judge<'_, F, W> {
                 assert_eq!(done, Done::Stopped(Found::Absent), "a frozen entry");
             }
             for generation in [0, 1, 0x55_5555_5555, (1 << 39) - 1] {
-                let touch = Touch { gfn: Gfn::new(0x777), access, user: false };
-                let done = self.compare(touch, |subject| {
+                let touch = Touch { gfn: Gfn::new(0x777), access };
+                let done = self.compare(&mut Pair::new(), touch, |subject| {
                     assert!(subject.tables.top_up(&mut subject.cache));
                     let cached = subject.tables.cache_mmio(touch.gfn, generation, &mut subject.cache);
                     assert_eq!(cached, Ok(Some(afterimage_mmu::Mapped::Fixed)));
                 });
-                assert_eq!(done, Done::Stopped(Found::Reserved), "an MMIO entry of generation {generation:#x}");
+                assert_eq!(
+                    done,
+                    Done::Stopped(Found::Reserved),
+                    "an MMIO entry of generation {generation:#x}"
+                );
             }
         }
     }
 
     /// Guest frames with every bit of the address that the guest can form.
     fn far_away(&mut self) {
+        let mut pair = Pair::new();
         for bit in 9..28 {
             for gfn in [Gfn::new(1 << bit), Gfn::new((1 << bit | (1 << bit) - 1) & !0x1ff | 7)] {
                 let leaf = Leaf { pfn: Pfn::new(ram::MATRIX.as_u64() + 1 + bit), ..FULL };
                 ram::stamp(leaf.pfn, STAMP);
                 for access in [Access::READ, Access::WRITE, Access::EXEC] {
-                    let touch = Touch { gfn, access, user: false };
-                    let done = self.compare(touch, |subject| subject.map(gfn, leaf));
+                    let touch = Touch { gfn, access };
+                    let done = self.compare(&mut pair, touch, |subject| subject.map(gfn, leaf));
                     assert_eq!(done, Done::Reached(leaf.pfn));
                     ram::stamp(leaf.pfn, STAMP);
                 }
@@ -289,16 +298,17 @@ impl<F: Format, W: Walker> Judge<'_, F, W> {
             for _ in 0..3 {
                 assert!(subject.tables.age(block, afterimage_mmu::Age::Clear));
                 assert!(!subject.tables.age(block, afterimage_mmu::Age::Test));
-                let read = Touch { gfn, access: Access::READ, user: false };
+                let read = Touch { gfn, access: Access::READ };
                 if F::HIDES_UNUSED {
                     assert_eq!(self.touch(&subject, read), Done::Stopped(Found::Absent));
-                    let used = subject.tables.upgrade_present(gfn, |leaf| Some(Leaf { accessed: true, ..leaf }));
+                    let used =
+                        subject.tables.upgrade_present(gfn, |leaf| Some(Leaf { accessed: true, ..leaf }));
                     assert_eq!(used, Some(afterimage_mmu::Mapped::Fixed));
                 }
                 assert_eq!(self.touch(&subject, read), Done::Reached(behind));
                 assert!(subject.tables.age(block, afterimage_mmu::Age::Test));
             }
-            let write = Touch { gfn, access: Access::WRITE, user: false };
+            let write = Touch { gfn, access: Access::WRITE };
             assert_eq!(self.touch(&subject, write), Done::Reached(behind));
             ram::stamp(behind, STAMP);
             let Entry::Leaf(leaf) = subject.entry(gfn) else { panic!("the leaf is gone") };
@@ -310,8 +320,4 @@ impl<F: Format, W: Walker> Judge<'_, F, W> {
             assert_eq!(self.touch(&subject, write), Done::Stopped(Found::Absent));
         }
     }
-}
-
-fn allows(execute: Execute, user: bool) -> bool {
-    if user { execute.allows_user() } else { execute.allows_supervisor() }
 }

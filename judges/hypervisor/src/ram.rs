@@ -83,7 +83,7 @@ pub(crate) fn set_code(words: &[AtomicU64; 512], value: u64) {
 
 /// The frame behind the matrix that holds `value` in its first word.
 pub(crate) fn holding(value: u64) -> Option<Pfn> {
-    let places = [(MATRIX, 1024), (GIB, 4096)];
+    let places = [(MATRIX, 1024), (Pfn::new(GIB.as_u64() + 0xa00), 512)];
     let mut found = places
         .into_iter()
         .flat_map(|(start, count)| (0..count).map(move |index| Pfn::new(start.as_u64() + index)))

@@ -27,10 +27,17 @@ memcpy:
     mov rcx, rdx
     rep movsb
     ret
+# By words first: an emulator counts every turn.
 memset:
     mov r8, rdi
-    mov eax, esi
+    movzx eax, sil
+    mov rcx, 0x0101010101010101
+    imul rax, rcx
     mov rcx, rdx
+    shr rcx, 3
+    rep stosq
+    mov ecx, edx
+    and ecx, 7
     rep stosb
     mov rax, r8
     ret

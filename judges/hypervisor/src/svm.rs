@@ -11,7 +11,7 @@ use x86_64::registers::model_specific::Msr;
 
 use crate::cpus::{self, Descriptors};
 use crate::guest;
-use crate::walker::{Dialect, Exit, NestedFault, Other, Registers, Walker};
+use crate::walker::{Exit, Marks, NestedFault, Other, Registers, Walker};
 
 const EFER: u32 = 0xc000_0080;
 const EFER_SVME: u64 = 1 << 12;
@@ -96,7 +96,9 @@ impl Walker for Svm {
         // The guest's interrupt flag is not ours.
         svm.write(INTERRUPT_CONTROL, 1 << 24);
         // ES, CS, SS, DS: data writable and accessed; code for 64 bits.
-        for (index, (selector, attributes)) in [(16, 0xc93), (8, 0xa9b), (16, 0xc93), (16, 0xc93)].into_iter().enumerate() {
+        for (index, (selector, attributes)) in
+            [(16, 0xc93), (8, 0xa9b), (16, 0xc93), (16, 0xc93)].into_iter().enumerate()
+        {
             svm.segment(index, selector, attributes);
         }
         svm.write(SAVED_EFER, EFER_SVME | EFER_LONG);
@@ -107,11 +109,7 @@ impl Walker for Svm {
         svm
     }
 
-    fn speaks(&self, _dialect: Dialect) -> bool {
-        true
-    }
-
-    fn load(&mut self, root: Pfn, _dialect: Dialect) {
+    fn load(&mut self, root: Pfn, _marks: Marks) {
         self.write(NESTED_CONTROL, 1);
         self.write(NESTED_ROOT, root.as_u64() * FRAME_BYTES);
         self.forget();

@@ -12,12 +12,11 @@ use x86_64::registers::model_specific::Msr;
 
 use crate::cpus::{self, Descriptors};
 use crate::guest;
-use crate::walker::{Dialect, Exit, NestedFault, Other, Registers, Walker};
+use crate::walker::{Exit, Marks, NestedFault, Other, Registers, Walker};
 
 const FEATURE_CONTROL: u32 = 0x3a;
 const VMX_BASIC: u32 = 0x480;
 const VMX_SECONDARY: u32 = 0x48b;
-const VMX_EPT_CAPABILITIES: u32 = 0x48c;
 const EFER: u32 = 0xc000_0080;
 
 // Fields of the control structure.
@@ -57,7 +56,6 @@ const HOST_RIP: u64 = 0x6c16;
 
 const SECONDARY_EPT: u64 = 1 << 1;
 const SECONDARY_VPID: u64 = 1 << 5;
-const SECONDARY_MODE_BASED: u64 = 1 << 22;
 
 const REASON_EXCEPTION: u64 = 0;
 const REASON_INTERRUPT: u64 = 1;
@@ -72,7 +70,6 @@ struct Page([u64; 512]);
 /// One CPU's VMX.
 #[derive(Debug)]
 pub(crate) struct Vmx {
-    _on: Box<Page>,
     _control: Box<Page>,
     launched: bool,
     forget: bool,
@@ -108,48 +105,52 @@ fn controls(capabilities: u32, wanted: u64) -> u64 {
     value
 }
 
+/// Turns VMX on, for good.
+fn turn_on(revision: u64) {
+    let page = Box::leak(Box::new(Page([0; 512])));
+    page.0[0] = revision;
+    let at = (&raw mut *page).expose_provenance() as u64;
+    let failed: u8;
+    // SAFETY: the CPU has VMX (`main` looked), and nobody has turned it on; the page is its own.
+    unsafe {
+        if msr(FEATURE_CONTROL) & 1 == 0 {
+            Msr::new(FEATURE_CONTROL).write(0b101);
+        }
+        Cr4::update(|flags| flags.insert(Cr4Flags::VIRTUAL_MACHINE_EXTENSIONS));
+        asm!("vmxon [{}]", "setna {}", in(reg) &at, out(reg_byte) failed);
+    }
+    assert_eq!(failed, 0, "VMX cannot be turned on");
+}
+
 impl Walker for Vmx {
     fn new(cpu: &Descriptors) -> Self {
         let revision = msr(VMX_BASIC) & 0x7fff_ffff;
-        let (mut on, mut control) = (Box::new(Page([0; 512])), Box::new(Page([0; 512])));
-        on.0[0] = revision;
+        let mut control = Box::new(Page([0; 512]));
         control.0[0] = revision;
-        let on_at = (&raw mut *on).expose_provenance() as u64;
         let control_at = (&raw mut *control).expose_provenance() as u64;
-        let failed: u8;
-        // SAFETY: (1) the CPU has VMX (`main` looked), and nobody has turned it on; (2) the two pages are its own.
-        unsafe {
-            if msr(FEATURE_CONTROL) & 1 == 0 {
-                Msr::new(FEATURE_CONTROL).write(0b101);
-            }
-            Cr4::update(|flags| flags.insert(Cr4Flags::VIRTUAL_MACHINE_EXTENSIONS));
-            asm!(
-                "vmxon [{0}]", "setna {2}", "vmclear [{1}]", "vmptrld [{1}]",
-                in(reg) &on_at, in(reg) &control_at, out(reg_byte) failed
-            );
+        if !Cr4::read().contains(Cr4Flags::VIRTUAL_MACHINE_EXTENSIONS) {
+            turn_on(revision);
         }
-        assert_eq!(failed, 0, "VMX cannot be turned on");
-        let mut vmx = Self { _on: on, _control: control, launched: false, forget: true, pointer: 0 };
+        let failed: u8;
+        // SAFETY: VMX is on, and the page is this structure's own.
+        unsafe {
+            asm!("vmclear [{0}]", "vmptrld [{0}]", "setna {1}", in(reg) &control_at, out(reg_byte) failed)
+        }
+        assert_eq!(failed, 0, "the control structure cannot be loaded");
+        let mut vmx = Self { _control: control, launched: false, forget: true, pointer: 0 };
         vmx.fill(cpu);
         vmx
     }
 
-    fn speaks(&self, dialect: Dialect) -> bool {
-        let allowed = msr(VMX_SECONDARY) >> 32;
-        (!dialect.accessed_dirty || msr(VMX_EPT_CAPABILITIES) & 1 << 21 != 0)
-            && (!dialect.mode_based_execute || allowed & SECONDARY_MODE_BASED != 0)
-    }
-
-    fn load(&mut self, root: Pfn, dialect: Dialect) {
+    fn load(&mut self, root: Pfn, marks: Marks) {
         const WRITE_BACK: u64 = 6;
         const FOUR_LEVELS: u64 = 3 << 3;
-        let accessed_dirty = u64::from(dialect.accessed_dirty) << 6;
+        let accessed_dirty = u64::from(marks == Marks::Set) << 6;
         self.pointer = root.as_u64() * FRAME_BYTES | accessed_dirty | FOUR_LEVELS | WRITE_BACK;
         write(EPT_POINTER, self.pointer);
-        let mode_based = if dialect.mode_based_execute { SECONDARY_MODE_BASED } else { 0 };
         // Without a VPID every entry and exit forgets the translations, and a flush that is left out would not be seen.
         let tagged = msr(VMX_SECONDARY) >> 32 & SECONDARY_VPID;
-        write(SECONDARY_CONTROLS, controls(VMX_SECONDARY, SECONDARY_EPT | tagged | mode_based));
+        write(SECONDARY_CONTROLS, controls(VMX_SECONDARY, SECONDARY_EPT | tagged));
         if tagged != 0 {
             write(VPID, 1);
         }
@@ -190,12 +191,17 @@ impl Walker for Vmx {
                     found: if detail & 0x78 != 0 { Found::Present } else { Found::Absent },
                 })
             }
-            REASON_MISCONFIGURATION => {
-                Exit::Fault(NestedFault { gpa: Gpa::new(gpa), access: Access::empty(), found: Found::Reserved })
-            }
-            REASON_EXCEPTION => {
-                Exit::Other(Other { reason: 0, detail: read(EXIT_INTERRUPT), gpa: detail, rip: registers.rip })
-            }
+            REASON_MISCONFIGURATION => Exit::Fault(NestedFault {
+                gpa: Gpa::new(gpa),
+                access: Access::empty(),
+                found: Found::Reserved,
+            }),
+            REASON_EXCEPTION => Exit::Other(Other {
+                reason: 0,
+                detail: read(EXIT_INTERRUPT),
+                gpa: detail,
+                rip: registers.rip,
+            }),
             reason => Exit::Other(Other { reason, detail, gpa, rip: registers.rip }),
         }
     }
@@ -219,7 +225,14 @@ impl Vmx {
         write(LINK, u64::MAX);
         // ES, CS, SS, DS, FS, GS, LDTR, TR.
         let segments = [
-            (16, 0xc093), (8, 0xa09b), (16, 0xc093), (16, 0xc093), (16, 0xc093), (16, 0xc093), (0, 0x1_0000), (24, 0x8b),
+            (16, 0xc093),
+            (8, 0xa09b),
+            (16, 0xc093),
+            (16, 0xc093),
+            (16, 0xc093),
+            (16, 0xc093),
+            (0, 0x1_0000),
+            (24, 0x8b),
         ];
         for (index, (selector, rights)) in segments.into_iter().enumerate() {
             let field = 2 * index as u64;
@@ -227,12 +240,14 @@ impl Vmx {
             write(GUEST_LIMITS + field, 0xffff_ffff);
             write(GUEST_RIGHTS + field, rights);
         }
+        const TASK: u64 = 14;
+        write(GUEST_LIMITS + TASK, 0x67);
         let efer = msr(EFER);
         write(GUEST_EFER, efer);
         write(GUEST_CR0, guest::CR0);
         write(GUEST_CR3, guest::TABLES.as_u64());
         write(GUEST_CR4, guest::CR4 | Cr4Flags::VIRTUAL_MACHINE_EXTENSIONS.bits());
-        write(GUEST_RFLAGS, 2);
+        write(GUEST_RFLAGS, 0x202);
         write(HOST_EFER, efer);
         write(HOST_CR0, Cr0::read_raw());
         write(HOST_CR3, Cr3::read_raw().0.start_address().as_u64());

@@ -58,13 +58,11 @@ pub(crate) struct Other {
     pub(crate) rip: u64,
 }
 
-/// What kind of tables the hardware is to walk.
+/// Whether the hardware sets accessed and dirty bits. NPT always does; EPT if it is told to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Dialect {
-    /// EPT: whether it sets accessed and dirty bits.
-    pub(crate) accessed_dirty: bool,
-    /// EPT: whether it tells fetches of the kernel from those of user programs.
-    pub(crate) mode_based_execute: bool,
+pub(crate) enum Marks {
+    Set,
+    Left,
 }
 
 /// Hardware that runs guests on stage-2 tables: one for each CPU, used there only.
@@ -72,11 +70,8 @@ pub(crate) trait Walker: Sized {
     /// Turns virtualisation on for this CPU.
     fn new(cpu: &Descriptors) -> Self;
 
-    /// Whether it walks such tables.
-    fn speaks(&self, dialect: Dialect) -> bool;
-
     /// Uses these tables from now on, with nothing cached of them.
-    fn load(&mut self, root: Pfn, dialect: Dialect);
+    fn load(&mut self, root: Pfn, marks: Marks);
 
     /// Runs the guest until it comes out.
     fn enter(&mut self, registers: &mut Registers) -> Exit;
