@@ -10,8 +10,8 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, PoisonError};
 
 use afterimage_mmu::{
-    FRAME_BYTES, Fault, FaultInError, Found, Hva, Memslot, PageRef, PageUse, Patience, Pfn, PfnRange,
-    PrimaryMmu, Snapshot,
+    FRAME_BYTES, Fault, FaultInError, Found, Hva, Memslot, PageRef, PageSize, PageUse, Patience, Pfn,
+    PfnRange, PrimaryMmu, Snapshot,
     mutation::{self, Mutation},
 };
 use afterimage_uffd::{Place, VmaPage};
@@ -80,6 +80,8 @@ impl MemoryView {
 pub struct ObjectPage {
     /// Where the frame that faulted is.
     pfn: Pfn,
+    /// What the object moves at a time: contiguous, aligned, and gone as a whole.
+    block: PageSize,
     held: Held,
 }
 
@@ -122,6 +124,10 @@ impl PageRef for ObjectPage {
 
     fn is_writable(&self) -> bool {
         true
+    }
+
+    fn block(&self) -> PageSize {
+        self.block
     }
 
     fn release(self, used: PageUse) {
@@ -188,7 +194,7 @@ impl MemoryObject {
     /// The page that `frame` lies in, as the engine gets it.
     fn held_page(&self, frame: Pfn, held: Held) -> ObjectPage {
         let pfn = self.pool().map_or(frame, |pool| pool.pfn_of(frame));
-        ObjectPage { pfn, held }
+        ObjectPage { pfn, block: self.page_size, held }
     }
 
     fn resident_page(&self) -> Held {
