@@ -1,6 +1,6 @@
 //! What the options of `run` can be set to, by name.
 
-use afterimage_mmu::{Precheck, SequenceScope};
+use afterimage_mmu::{Precheck, SequenceScope, WitnessKind};
 use afterimage_vm::GuestKind;
 use clap::ValueEnum;
 
@@ -128,6 +128,24 @@ impl From<SequenceChoice> for SequenceScope {
         match choice {
             SequenceChoice::Region => Self::Region,
             SequenceChoice::Global => Self::Global,
+        }
+    }
+}
+
+/// What a fault holds while it installs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum WitnessChoice {
+    /// mmu_lock for read, as in Linux
+    Lock,
+    /// Its announcement of what it is about to install
+    Intent,
+}
+
+impl From<WitnessChoice> for WitnessKind {
+    fn from(choice: WitnessChoice) -> Self {
+        match choice {
+            WitnessChoice::Lock => Self::Lock,
+            WitnessChoice::Intent => Self::Intent,
         }
     }
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use afterimage_memory::FileSource;
-use afterimage_mmu::{PageSize, Policy};
+use afterimage_mmu::{Barrier, PageSize, Policy};
 use afterimage_uffd::{AfterRetry, Backing, ServeOptions};
 use afterimage_vm::{GuestKind, GuestSpec, Locality, Workload};
 use anyhow::{Context, Result, bail, ensure};
@@ -16,7 +16,7 @@ use serde::Serialize;
 use super::choices::BreakChoice;
 use super::choices::{
     AfterRetryChoice, BackingChoice, FormatChoice, GuestChoice, InvalidateChoice, PageChoice, PrecheckChoice,
-    SequenceChoice, WorkloadChoice, name,
+    SequenceChoice, WitnessChoice, WorkloadChoice, name,
 };
 use super::hosts::{self, Chosen, HostPlan, SoftPlan, UffdPlan};
 use crate::units;
@@ -70,6 +70,9 @@ pub(crate) struct RunArgs {
     /// Whose end makes a fault under way retry: of invalidations in the same region of 2 MiB, or, as in Linux, of any
     #[arg(long, value_enum, default_value_t = SequenceChoice::Region)]
     sequence: SequenceChoice,
+    /// What a fault holds from its check to its install
+    #[arg(long, value_enum, default_value_t = WitnessChoice::Lock)]
+    witness: WitnessChoice,
     /// What becomes of a fault that an invalidation made retry: let go to fault again, as in Linux, which makes the most
     /// of every race; or parked until the invalidation has ended, which costs no CPU
     #[arg(long, value_enum, default_value_t = AfterRetryChoice::Refault)]
@@ -131,6 +134,7 @@ pub(crate) struct ShownOptions {
     pressure: u32,
     precheck: String,
     sequence: String,
+    witness: String,
     after_retry: String,
     uffds: Option<usize>,
     workers: Option<usize>,
@@ -237,6 +241,7 @@ impl RunArgs {
             pressure: self.pressure,
             precheck: name(self.precheck),
             sequence: name(self.sequence),
+            witness: name(self.witness),
             after_retry: name(self.after_retry),
             uffds: served.map(|uffd| uffd.uffds),
             workers: served.map(|uffd| uffd.workers),
@@ -259,6 +264,9 @@ impl RunArgs {
             policy: Policy {
                 precheck: self.precheck.into(),
                 scope: self.sequence.into(),
+                witness: self.witness.into(),
+                // Faults of software vCPUs are cheap and many; those that userfaultfd brings are neither.
+                barrier: if guest == GuestKind::Soft { Barrier::Heavy } else { Barrier::Symmetric },
                 ..Policy::default()
             },
             seed: self.seed,
