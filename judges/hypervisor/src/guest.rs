@@ -84,8 +84,8 @@ pub(crate) fn frame(gfn: Gfn) -> [u64; 512] {
         }
         // 1 TiB is two entries of the root.
         2 => {
-            words[0] = 3 * FRAME_BYTES | TABLE;
-            words[1] = 4 * FRAME_BYTES | TABLE;
+            words[0] = (3 * FRAME_BYTES) | TABLE;
+            words[1] = (4 * FRAME_BYTES) | TABLE;
         }
         number @ (3 | 4) => {
             for (gib, word) in words.iter_mut().enumerate() {

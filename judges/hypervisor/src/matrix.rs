@@ -184,7 +184,7 @@ impl<F: Format, W: Walker> Judge<'_, F, W> {
         fill(real);
         fill(twin);
         let before = real.entry(touch.gfn);
-        let done = self.touch(&real, touch);
+        let done = self.touch(real, touch);
         let said = match twin.tables.translate(touch.gfn, touch.access) {
             Translation::Frame(pfn) => Done::Reached(pfn),
             Translation::Fault(found) => Done::Stopped(found),
@@ -271,7 +271,7 @@ impl<F: Format, W: Walker> Judge<'_, F, W> {
     fn far_away(&mut self) {
         let mut pair = Pair::new();
         for bit in 9..28 {
-            for gfn in [Gfn::new(1 << bit), Gfn::new((1 << bit | (1 << bit) - 1) & !0x1ff | 7)] {
+            for gfn in [Gfn::new(1 << bit), Gfn::new(((2 << bit) - 1) & !0x1ff | 7)] {
                 let leaf = Leaf { pfn: Pfn::new(ram::MATRIX.as_u64() + 1 + bit), ..FULL };
                 ram::stamp(leaf.pfn, STAMP);
                 for access in [Access::READ, Access::WRITE, Access::EXEC] {

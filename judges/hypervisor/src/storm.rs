@@ -304,8 +304,7 @@ impl<F: Format> Owner<'_, F> {
         let first = self.random.below(self.blocks);
         let count = 1 + self.random.below((self.blocks - first).min(4));
         match self.random.below(64) {
-            // Of large blocks it would leave nothing but small pages.
-            0 if self.block == 1 => self.log_dirty(),
+            0 => self.log_dirty(),
             1..8 => self.take_the_guests_own(),
             8..24 => self.protect(first),
             24..32 => {
@@ -372,11 +371,15 @@ impl<F: Format> Owner<'_, F> {
         drop(self.mmu.invalidate(hvas(SYSTEM_HVA, first, count), Zap::Unmap, Blocking::Allowed));
     }
 
+    /// Large pages are split while it is on; afterwards they come back, and the tables below them are freed.
     fn log_dirty(&mut self) {
-        for on in [true, false] {
-            self.mmu.set_dirty_logging(SpaceId(0), MANAGED, on).expect("the slot is there");
-            self.pause(A_WHILE);
-        }
+        let (space, slot) = (SpaceId(0), MANAGED);
+        self.mmu.set_dirty_logging(space, slot, true).expect("the slot is there");
+        self.mmu.split_large_pages(space, slot).expect("the slot is there");
+        self.pause(A_WHILE);
+        self.mmu.set_dirty_logging(space, slot, false).expect("the slot is there");
+        self.pause(A_WHILE);
+        self.mmu.recover_large_pages(space, slot).expect("the slot is there");
     }
 
     /// When all guests are done, every count is what the guest remembers.
@@ -428,8 +431,8 @@ impl<F: Format> Ground<'_, F> {
         let mut vcpu = self.mmu.vcpu();
         self.mmu.secondary().host().cpus[vcpu.id()].store(cpu, Ordering::Relaxed);
         let mut walker = W::new(descriptors);
-        let tables = self.mmu.secondary().tables(SpaceId(0)).expect("there is one space");
-        walker.load(tables.root(), self.storm.marks);
+        let root = self.mmu.secondary().root(SpaceId(0)).expect("there is one space");
+        walker.load(root, self.storm.marks);
         let (stack, memory) = guest::memory_of(cpu);
         let mut registers = Registers {
             rip: Program::Check.start(),

@@ -146,7 +146,7 @@ impl Walker for Vmx {
         const WRITE_BACK: u64 = 6;
         const FOUR_LEVELS: u64 = 3 << 3;
         let accessed_dirty = u64::from(marks == Marks::Set) << 6;
-        self.pointer = root.as_u64() * FRAME_BYTES | accessed_dirty | FOUR_LEVELS | WRITE_BACK;
+        self.pointer = (root.as_u64() * FRAME_BYTES) | accessed_dirty | FOUR_LEVELS | WRITE_BACK;
         write(EPT_POINTER, self.pointer);
         // Without a VPID every entry and exit forgets the translations, and a flush that is left out would not be seen.
         let tagged = msr(VMX_SECONDARY) >> 32 & SECONDARY_VPID;
