@@ -11,6 +11,7 @@ use crate::invalidation::{Invalidations, SequenceScope, Snapshot, Stale};
 use crate::mmu_lock::{MmuLock, MmuWriteGuard};
 use crate::mutation::{self, Mutation};
 use crate::platform::Platform;
+use crate::ranges::Coverage;
 use crate::slots::{Memslot, SlotError, SlotFlags, SlotId, SlotSet, SlotState, SpaceId};
 use crate::stats::{FaultStats, InvalidationCounters, InvalidationStats};
 use crate::sync::{AtomicPtr, AtomicU32, CachePadded, Ordering, ParkWord, Shared};
@@ -58,6 +59,8 @@ pub struct Policy {
     pub yielding: YieldPolicy,
     /// Whose end makes a fault under way retry.
     pub scope: SequenceScope,
+    /// Which frames an active invalidation holds back.
+    pub coverage: Coverage,
     /// What a fault holds while it verifies and installs.
     pub witness: WitnessKind,
     /// Who pays for the order between a fault's announcements and those who look at them.
@@ -65,12 +68,13 @@ pub struct Policy {
 }
 
 impl Default for Policy {
-    /// Both checks, yielding on contention, one sequence, the lock: what a Linux with full preemption does today.
+    /// Both checks, yielding on contention, one sequence, one hull, the lock: what a Linux with full preemption does today.
     fn default() -> Self {
         Self {
             precheck: Precheck::all(),
             yielding: YieldPolicy::OnContention,
             scope: SequenceScope::Global,
+            coverage: Coverage::Hull,
             witness: WitnessKind::Lock,
             barrier: Barrier::Symmetric,
         }
@@ -115,7 +119,7 @@ impl<S: SecondaryMmu> fmt::Debug for GuestMmu<S> {
 impl<S: SecondaryMmu> GuestMmu<S> {
     /// A secondary MMU without memslots.
     pub fn new(mut secondary: S, policy: Policy) -> Self {
-        let lock = MmuLock::with_scope(policy.scope);
+        let lock = MmuLock::with(policy.scope, policy.coverage);
         secondary.attach(lock.invalidations().machine());
         Self {
             lock,

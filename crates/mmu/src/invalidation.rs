@@ -7,12 +7,12 @@
 //! | `in_progress` | `begin` +1, `end` −1, with `mmu_lock` held for write | invalidations between begin and end |
 //! | `ended[0]` | `end` +1, likewise | the sequence: invalidations that ended |
 //! | `ended[1..]` | `end` +1, likewise, with [`SequenceScope::Region`] | those of them that touched a region of 2 MiB |
-//! | `start`, `end` | `add_range`, likewise | hull of every range added since `in_progress` last left 0 |
+//! | hull and entries (module `ranges`) | `add_range`, likewise | which frames |
 //!
 //! `begin` raises the count and, when it was 0, empties the hull to a sentinel; `add_range` widens the hull;
 //! `end` bumps the sequence and *then* drops the count. The hull stays behind: only the count gives it meaning.
 //! It never shrinks while any invalidation is active, so with overlapping invalidations a gfn between two ranges
-//! is refused until the last one ends: a false positive, accepted.
+//! is refused until the last one ends: a false positive, accepted, unless [`Coverage::Exact`] is chosen.
 //!
 //! # What a verdict is worth
 //!
@@ -22,8 +22,8 @@
 //!   only a reason to retry, never a right to install.
 //! * [`Invalidations::verify`] needs a [`Witness`](crate::Witness), and gives [`Fresh`], the right to install, which cannot
 //!   outlive the witness. `mmu_lock` keeps the words still. An announced [`Intent`](crate::Intent) does not, so the order of the
-//!   loads matters: the count, then the bounds, then the sequence, each Acquire. An end bumps the sequence before it drops the
-//!   count, and bounds are emptied only by a later first begin: who reads a dropped count or emptied bounds reads the bumped
+//!   loads matters: the count, then the ranges, then the sequence, each Acquire. An end bumps the sequence before it drops the
+//!   count, and the hull is emptied only by a later first begin: who reads a dropped count or an emptied hull reads the bumped
 //!   sequence after it. Bounds of a half-finished `add_range` belong to an invalidation that has not looked at the
 //!   announcements yet: it will wait for this one.
 //!
@@ -44,14 +44,12 @@
 
 use core::marker::PhantomData;
 
-use crate::addr::{Gfn, GfnRange};
+use crate::addr::GfnRange;
 use crate::intent::Walking;
 use crate::mmu_lock::Witness;
 use crate::mutation::{self, Mutation};
+use crate::ranges::{Coverage, Overlap, Ranges, Tracks};
 use crate::sync::{AtomicU64, Ordering};
-
-/// Both bounds while a `begin` has not yet been followed by an `add_range`. No gfn reaches it.
-const SENTINEL: u64 = u64::MAX;
 
 /// Frames in a region that has a sequence of its own, as a power of two: 2 MiB, so that no smaller page spans two.
 #[cfg(not(loom))]
@@ -96,8 +94,7 @@ impl MachineId {
 pub struct Invalidations {
     machine: MachineId,
     in_progress: AtomicU64,
-    start: AtomicU64,
-    end: AtomicU64,
+    ranges: Ranges,
     scope: SequenceScope,
     ended: [AtomicU64; 1 + REGIONS],
 }
@@ -167,12 +164,11 @@ pub enum InvalidationError {
 }
 
 impl Invalidations {
-    pub(crate) fn new(scope: SequenceScope) -> Self {
+    pub(crate) fn new(scope: SequenceScope, coverage: Coverage) -> Self {
         Self {
             machine: MachineId::next(),
             in_progress: AtomicU64::new(0),
-            start: AtomicU64::new(SENTINEL),
-            end: AtomicU64::new(SENTINEL),
+            ranges: Ranges::new(coverage),
             scope,
             ended: core::array::from_fn(|_| AtomicU64::new(0)),
         }
@@ -216,7 +212,9 @@ impl Invalidations {
     /// The lock-free check: whether the fault looks doomed. `None` promises nothing.
     #[inline]
     pub fn hint(&self, since: Snapshot, range: GfnRange) -> Option<Stale> {
-        if self.in_progress.load(Ordering::Relaxed) != 0 && self.hull_overlaps(range) {
+        if self.in_progress.load(Ordering::Relaxed) != 0
+            && self.ranges.overlap(range, Ordering::Relaxed) == Overlap::Yes
+        {
             return Some(Stale::Covered);
         }
         if self.ended[since.word].load(Ordering::Relaxed) != since.sequence {
@@ -244,11 +242,11 @@ impl Invalidations {
         // Acquire, all three and in this order: see the module documentation.
         let ordering = mutation::unless(Mutation::VerifyRelaxed, Ordering::Acquire);
         if self.in_progress.load(ordering) != 0 && !mutation::active(Mutation::VerifyIgnoresRange) {
-            let (start, end) = (self.start.load(ordering), self.end.load(ordering));
+            let overlap = self.ranges.overlap(range, ordering);
             // Between begin and the first range. With the lock held that is seen only if it was given up there.
-            let torn = start == SENTINEL;
+            let torn = overlap == Overlap::Torn;
             debug_assert!(!(torn && W::HOLDS_LOCK), "mmu_lock was given up between begin and add_range");
-            if torn || range.start.as_u64() < end && start < range.end.as_u64() {
+            if overlap != Overlap::No {
                 return Err(Stale::Covered);
             }
         }
@@ -266,7 +264,8 @@ impl Invalidations {
     /// Acquire: who reads "over" here and samples the sequence next reads it bumped.
     #[inline]
     pub fn covers(&self, range: GfnRange) -> bool {
-        self.in_progress.load(Ordering::Acquire) != 0 && self.hull_overlaps(range)
+        self.in_progress.load(Ordering::Acquire) != 0
+            && self.ranges.overlap(range, Ordering::Acquire) == Overlap::Yes
     }
 
     /// How many invalidations are active.
@@ -275,21 +274,12 @@ impl Invalidations {
         self.in_progress.load(Ordering::Acquire)
     }
 
-    #[inline]
-    fn hull_overlaps(&self, range: GfnRange) -> bool {
-        range.start.as_u64() < self.end.load(Ordering::Relaxed)
-            && self.start.load(Ordering::Relaxed) < range.end.as_u64()
-    }
-
     /// Raises the count. `mmu_lock` is held for write.
     pub(crate) fn begin(&self) {
         let active = self.in_progress.load(Ordering::Relaxed);
-        // Release: who reads emptied bounds, or this count, reads what the ends before it bumped.
+        self.ranges.begin(active == 0);
+        // Release: who reads this count reads what the ends before it bumped.
         let ordering = mutation::unless(Mutation::BeginRelaxed, Ordering::Release);
-        if active == 0 {
-            self.start.store(SENTINEL, ordering);
-            self.end.store(SENTINEL, ordering);
-        }
         self.in_progress.store(active + 1, ordering);
     }
 
@@ -301,19 +291,18 @@ impl Invalidations {
         if range.is_empty() {
             return Err(InvalidationError::EmptyRange(range));
         }
-        let hull = match self.start.load(Ordering::Relaxed) {
-            SENTINEL => range,
-            start => GfnRange::new(Gfn::new(start), Gfn::new(self.end.load(Ordering::Relaxed))).hull(range),
-        };
-        let ordering = mutation::unless(Mutation::BeginRelaxed, Ordering::Release);
-        self.start.store(hull.start.as_u64(), ordering);
-        self.end.store(hull.end.as_u64(), ordering);
+        self.ranges.add(range);
         Ok(())
     }
 
+    /// Notes the ranges exactly that the invalidation which has begun last has added: all of them. `mmu_lock` is held for write.
+    pub(crate) fn track(&self, ranges: impl Iterator<Item = GfnRange>) -> Tracks {
+        self.ranges.track(ranges)
+    }
+
     /// Bumps the sequence, then drops the count. `mmu_lock` is held for write. `range` holds every range that this
-    /// invalidation added; `None`: not known.
-    pub(crate) fn end(&self, range: Option<GfnRange>) -> Result<(), InvalidationError> {
+    /// invalidation added; `None`: not known. `tracks` is what [`track`](Self::track) said.
+    pub(crate) fn end(&self, range: Option<GfnRange>, tracks: Tracks) -> Result<(), InvalidationError> {
         let active = self.in_progress.load(Ordering::Relaxed);
         if active == 0 {
             return Err(InvalidationError::EndWithoutBegin);
@@ -321,11 +310,17 @@ impl Invalidations {
         if mutation::active(Mutation::EndCountFirst) {
             self.in_progress.store(active - 1, Ordering::Release);
             self.bump_sequences(range);
-        } else {
+            self.ranges.end(tracks);
+        } else if mutation::active(Mutation::EndRangesFirst) {
+            self.ranges.end(tracks);
             self.bump_sequences(range);
             self.in_progress.store(active - 1, Ordering::Release);
+        } else {
+            self.bump_sequences(range);
+            self.ranges.end(tracks);
+            self.in_progress.store(active - 1, Ordering::Release);
         }
-        if self.start.load(Ordering::Relaxed) == SENTINEL {
+        if !self.ranges.has_any() {
             return Err(InvalidationError::EndWithoutRange);
         }
         Ok(())

@@ -7,6 +7,7 @@ use crate::intent::Walking;
 use crate::invalidation::{InvalidationError, Invalidations, SequenceScope};
 use crate::lock::RawMmuLock;
 use crate::platform::Platform;
+use crate::ranges::{Coverage, Tracks};
 use crate::sync::CachePadded;
 
 /// Something whose life keeps the [`Invalidations`] still, so that a verdict on them holds as long as it lives.
@@ -54,14 +55,15 @@ impl<P: Platform> Default for MmuLock<P> {
 }
 
 impl<P: Platform> MmuLock<P> {
-    /// An unlocked lock with no invalidation active, and one sequence for all.
+    /// An unlocked lock with no invalidation active, one sequence for all, and one hull.
     pub fn new() -> Self {
-        Self::with_scope(SequenceScope::Global)
+        Self::with(SequenceScope::Global, Coverage::Hull)
     }
 
     /// An unlocked lock with no invalidation active.
-    pub fn with_scope(scope: SequenceScope) -> Self {
-        Self { raw: CachePadded(RawMmuLock::new()), invalidations: CachePadded(Invalidations::new(scope)) }
+    pub fn with(scope: SequenceScope, coverage: Coverage) -> Self {
+        let invalidations = CachePadded(Invalidations::new(scope, coverage));
+        Self { raw: CachePadded(RawMmuLock::new()), invalidations }
     }
 
     /// The words, for what needs no lock: [`Invalidations::snapshot`] and [`Invalidations::hint`].
@@ -180,13 +182,23 @@ impl<P: Platform> MmuWriteGuard<'_, P> {
 
     /// Announces that an invalidation is over; the change of the primary MMU is visible by now.
     pub fn end(&mut self) -> Result<(), InvalidationError> {
-        self.lock.invalidations.end(None)
+        self.lock.invalidations.end(None, Tracks::default())
     }
 
     /// Like [`end`](Self::end), for an invalidation all of whose ranges lie in `range`: faults in other regions go on,
-    /// if the lock was made [`with_scope`](MmuLock::with_scope) of a region.
+    /// if the lock was made [`with`](MmuLock::with) a sequence for each region.
     pub fn end_of(&mut self, range: GfnRange) -> Result<(), InvalidationError> {
-        self.lock.invalidations.end(Some(range))
+        self.end_tracked(range, Tracks::default())
+    }
+
+    /// Notes exactly which ranges were added since `begin`: all of them.
+    pub(crate) fn track(&mut self, ranges: impl Iterator<Item = GfnRange>) -> Tracks {
+        self.lock.invalidations.track(ranges)
+    }
+
+    /// Like [`end_of`](Self::end_of), for an invalidation whose ranges were noted.
+    pub(crate) fn end_tracked(&mut self, range: GfnRange, tracks: Tracks) -> Result<(), InvalidationError> {
+        self.lock.invalidations.end(Some(range), tracks)
     }
 
     /// Whether a reader or another writer waits.

@@ -17,6 +17,8 @@ pub enum Mutation {
     VerifyIgnoresRange,
     /// `end` drops the count before it bumps the sequence.
     EndCountFirst,
+    /// `end` gives up its exact ranges before it bumps the sequence.
+    EndRangesFirst,
     /// `end` leaves the sequence as it is.
     EndKeepsSequence,
     /// `end` leaves out the last region that its range touches.

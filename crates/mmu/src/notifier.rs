@@ -25,6 +25,7 @@ use crate::intent::{Waited, Walker, Walking};
 use crate::mmu_lock::Witness;
 use crate::mutation::{self, Mutation};
 use crate::platform::Platform;
+use crate::ranges::Tracks;
 use crate::sync::Ordering;
 use crate::zap::ZapWalk;
 
@@ -34,6 +35,7 @@ pub struct Invalidation<'m, S: SecondaryMmu> {
     mmu: &'m GuestMmu<S>,
     /// The hull of the frames that it took; empty if the range touched no slot.
     touched: GfnRange,
+    tracks: Tracks,
     started_ns: u64,
 }
 
@@ -54,12 +56,14 @@ impl<S: SecondaryMmu> GuestMmu<S> {
         let slots = if mutation::active(Mutation::FirstSlotOnly) { 1 } else { usize::MAX };
         let ranges = || self.slot_set().touching(hvas).take(slots);
         let touched = ranges().map(|(_, gfns)| gfns).reduce(GfnRange::hull);
+        let mut tracks = Tracks::default();
         if touched.is_some() {
             let mut guard = self.write_timed();
             guard.begin();
             for (_, gfns) in ranges() {
                 guard.add_range(gfns).expect("begin was called above, and the slots give no empty ranges");
             }
+            tracks = guard.track(ranges().map(|(_, gfns)| gfns));
             if self.policy().witness == WitnessKind::Intent {
                 drop(guard);
                 self.drain(|block| ranges().any(|(_, gfns)| gfns.overlaps(block)));
@@ -75,7 +79,7 @@ impl<S: SecondaryMmu> GuestMmu<S> {
             walk.finish();
         }
         let touched = touched.unwrap_or(GfnRange::new(Gfn::new(0), Gfn::new(0)));
-        Invalidation { mmu: self, touched, started_ns }
+        Invalidation { mmu: self, touched, tracks, started_ns }
     }
 
     /// Waits for the intents that `covers` names, and counts the wait, if there was one.
@@ -126,7 +130,9 @@ impl<S: SecondaryMmu> Drop for Invalidation<'_, S> {
     fn drop(&mut self) {
         if !self.touched.is_empty() {
             let mut guard = self.mmu.write_timed();
-            guard.end_of(self.touched).expect("this guard began the invalidation and added a range");
+            guard
+                .end_tracked(self.touched, self.tracks)
+                .expect("this guard began the invalidation and added a range");
             drop(guard);
             self.mmu.announce_end();
             let ns = S::Platform::now_ns().saturating_sub(self.started_ns);

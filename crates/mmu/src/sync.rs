@@ -15,6 +15,7 @@
 //! | `in_progress` | drop, under lock | Release | `wait`'s and hint's Acquire: "over" implies "sequence bumped" |
 //! | `sequence` | bump, under lock | Release | `snapshot`'s Acquire: who sees the new number sees the new pages |
 //! | `start`, `end` | under lock | Release | `verify`'s Acquire: who reads bounds that were emptied by a later begin reads the sequence that the earlier end bumped |
+//! | exact ranges, `untracked` | under lock | Release | `verify`'s Acquire: as for the bounds; an end empties them behind the bump |
 //! | intent word | announce: store + light barrier | Release | begin's words + heavy barrier: the vCPU sees the range, or the invalidation sees the announcement. Release: as for the reader word |
 //! | intent word | clear: store | Release | the drain's Acquire: the zap finds what was installed |
 //! | intent `waiters` | mark + heavy barrier; clear + light barrier, look | Relaxed | each other: the waiter sees the word cleared, or the vCPU sees the mark and wakes |

@@ -70,6 +70,8 @@ tests! {
         every_slot_over_the_range_is_zapped,
         a_part_of_a_page_is_the_whole_page,
         the_hull_grows_and_lasts_until_the_last_end,
+        frames_between_exact_ranges_are_free,
+        every_range_of_an_invalidation_is_exact,
         invalidations_nest_in_one_thread,
         a_fault_before_the_zap_is_zapped,
         every_slot_is_refused_during_a_yield,

@@ -14,6 +14,7 @@ use crate::mmu_lock::MmuLock;
 use crate::mutation::Mutation;
 use crate::platform::Platform;
 use crate::platform::model::{Loom, LoomSpin};
+use crate::ranges::{Coverage, Tracks};
 use crate::vcpu::{VcpuShared, VcpuWords};
 
 const FRAME: GfnRange = GfnRange::frame(Gfn::new(4));
@@ -32,8 +33,12 @@ struct Block<P: Platform> {
 
 impl<P: Platform> Block<P> {
     fn new(scope: SequenceScope) -> Arc<Self> {
+        Self::with(scope, Coverage::Hull)
+    }
+
+    fn with(scope: SequenceScope, coverage: Coverage) -> Arc<Self> {
         Arc::new(Self {
-            lock: MmuLock::with_scope(scope),
+            lock: MmuLock::with(scope, coverage),
             words: VcpuWords::new(Barrier::Symmetric),
             page: AtomicU64::new(1),
             entry: AtomicU64::new(0),
@@ -52,30 +57,32 @@ impl<P: Platform> Block<P> {
         drop(intent);
     }
 
-    fn begin(&self, range: GfnRange) {
+    fn begin(&self, range: GfnRange) -> Tracks {
         let mut guard = self.lock.write();
         guard.begin();
         guard.add_range(range).expect("it has begun");
+        let tracks = guard.track(core::iter::once(range));
         drop(guard);
         self.words.drain(|block| block.overlaps(range));
+        tracks
     }
 
     /// An invalidation of the frame that replaces the page.
     fn replace(&self, page: u64) {
-        self.begin(FRAME);
+        let tracks = self.begin(FRAME);
         self.entry.store(0, Ordering::Relaxed);
         // The old page is freed here. Nothing may show it, or anything else, until the end.
         self.page.store(page, Ordering::Relaxed);
         assert_eq!(self.entry.load(Ordering::Relaxed), 0, "stale: installed inside");
         let mut guard = self.lock.write();
         assert_eq!(self.entry.load(Ordering::Relaxed), 0, "stale: installed inside");
-        guard.end_of(FRAME).expect("it has begun and has a range");
+        guard.end_tracked(FRAME, tracks).expect("it has begun and has a range");
     }
 
     /// An invalidation of another frame.
     fn elsewhere(&self) {
-        self.begin(ELSEWHERE);
-        self.lock.write().end_of(ELSEWHERE).expect("it has begun and has a range");
+        let tracks = self.begin(ELSEWHERE);
+        self.lock.write().end_tracked(ELSEWHERE, tracks).expect("it has begun and has a range");
     }
 
     fn assert_not_stale(&self) {
@@ -85,11 +92,14 @@ impl<P: Platform> Block<P> {
 }
 
 fn one_fault(scope: SequenceScope, range: GfnRange, act: impl FnOnce(&Block<Loom>)) {
-    let block = Block::new(scope);
+    one_fault_with(&Block::new(scope), range, act);
+}
+
+fn one_fault_with(block: &Arc<Block<Loom>>, range: GfnRange, act: impl FnOnce(&Block<Loom>)) {
     let vcpu = block.words.register();
-    let other = Arc::clone(&block);
+    let other = Arc::clone(block);
     let faulting = thread::spawn(move || other.fault(&vcpu, range));
-    act(&block);
+    act(block);
     faulting.join().expect("the fault does not panic");
     block.assert_not_stale();
 }
@@ -150,9 +160,31 @@ fn two_vcpus_against_an_invalidation() {
     block.assert_not_stale();
 }
 
+/// Its range in an entry, alone.
+fn a_fault_against_an_exact_range() {
+    one_fault_with(&Block::with(SequenceScope::Region, Coverage::Exact), FRAME, |block| block.replace(2));
+}
+
+/// The entry of the one that is over is used by the next, of another frame.
+fn a_fault_against_a_reused_entry() {
+    one_fault_with(&Block::with(SequenceScope::Region, Coverage::Exact), FRAME, |block| {
+        block.replace(2);
+        block.elsewhere();
+    });
+}
+
 /// Two invalidators at once, one of them of the frame.
 fn a_fault_against_two_invalidators() {
-    let block = Block::<Loom>::new(SequenceScope::Region);
+    two_invalidators(Coverage::Hull);
+}
+
+/// And only one entry: whoever comes second is known to the hull alone.
+fn a_fault_against_two_invalidators_and_one_entry() {
+    two_invalidators(Coverage::Exact);
+}
+
+fn two_invalidators(coverage: Coverage) {
+    let block = Block::<Loom>::with(SequenceScope::Region, coverage);
     let vcpu = block.words.register();
     let (other, neighbour) = (Arc::clone(&block), Arc::clone(&block));
     let faulting = thread::spawn(move || other.fault(&vcpu, FRAME));
@@ -239,6 +271,22 @@ fn loom_no_stale_entry_survives_without_the_lock() {
     holds("two intents in turn, invalidation", 3, two_faults_against_an_invalidation);
     holds("two vCPUs, invalidation", 2, two_vcpus_against_an_invalidation);
     holds("intent, two invalidators", 2, a_fault_against_two_invalidators);
+}
+
+#[test]
+fn loom_no_stale_entry_survives_with_exact_ranges() {
+    holds("intent, exact range", 4, a_fault_against_an_exact_range);
+    holds("intent, two exact ranges in turn", 3, a_fault_against_a_reused_entry);
+    holds("intent, two invalidators, one entry", 2, a_fault_against_two_invalidators_and_one_entry);
+}
+
+#[test]
+fn loom_each_rule_of_an_exact_range_is_needed() {
+    for rule in [Mutation::EndRangesFirst, Mutation::EndKeepsSequence, Mutation::BeginWithoutDrain] {
+        fails_without(rule, &["stale: "], 3, a_fault_against_an_exact_range);
+    }
+    fails_without(Mutation::VerifyRelaxed, &["stale: "], 3, a_fault_against_a_reused_entry);
+    fails_without(Mutation::BeginRelaxed, &["stale: "], 3, a_fault_against_a_reused_entry);
 }
 
 #[test]

@@ -10,6 +10,7 @@ use crate::invalidation::SequenceScope;
 use crate::mmu_lock::MmuLock;
 use crate::mutation::Mutation;
 use crate::platform::model::Loom;
+use crate::ranges::Coverage;
 
 const FRAME: GfnRange = GfnRange::frame(Gfn::new(4));
 /// In another region, with a word of its own.
@@ -28,7 +29,11 @@ impl Frame {
     }
 
     fn with_scope(scope: SequenceScope) -> Arc<Self> {
-        Arc::new(Self { lock: MmuLock::with_scope(scope), page: AtomicU64::new(1), entry: AtomicU64::new(0) })
+        Arc::new(Self {
+            lock: MmuLock::with(scope, Coverage::Hull),
+            page: AtomicU64::new(1),
+            entry: AtomicU64::new(0),
+        })
     }
 
     /// A fault, as the path has it. The page is looked up without any ordering of its own.

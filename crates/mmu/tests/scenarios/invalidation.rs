@@ -5,8 +5,8 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use afterimage_mmu::{
-    Access, Age, Blocking, Emulate, FaultOutcome, Gfn, HvaRange, Memslot, Notifier, Policy, RetryPoint,
-    SlotId, SpaceId, YieldPolicy, Young, Zap,
+    Access, Age, Blocking, Coverage, Emulate, FaultOutcome, Gfn, HvaRange, Memslot, Notifier, Policy,
+    RetryPoint, SlotId, SpaceId, YieldPolicy, Young, Zap,
 };
 
 use crate::support::frames::Frames;
@@ -113,6 +113,44 @@ pub(crate) fn the_hull_grows_and_lasts_until_the_last_end() {
         assert_eq!(guest.fault(18, Access::READ), Ok(FaultOutcome::Fixed));
         drop(third);
     }
+}
+
+/// With exact ranges the frames between are free, until there are more ranges than entries.
+pub(crate) fn frames_between_exact_ranges_are_free() {
+    let machine = Machine::new(Policy { coverage: Coverage::Exact, ..both() });
+    let mut guest = machine.guest();
+    let first = machine.invalidate(3, 4);
+    let second = machine.invalidate(40, 41);
+    assert_eq!(guest.fault(20, Access::READ), Ok(FaultOutcome::Fixed));
+    for covered in [3, 40] {
+        assert_eq!(guest.retry_point(covered), RetryPoint::BeforeFaultIn);
+    }
+    let six: Vec<_> = (50..56).map(|page| machine.invalidate(page, page + 1)).collect();
+    assert_eq!(guest.fault(21, Access::READ), Ok(FaultOutcome::Fixed), "eight ranges are known exactly");
+    let ninth = machine.invalidate(60, 61);
+    assert_eq!(guest.retry_point(22), RetryPoint::BeforeFaultIn, "the ninth is not: the hull counts");
+    drop(ninth);
+    assert_eq!(guest.fault(22, Access::READ), Ok(FaultOutcome::Fixed));
+    drop((first, six));
+    let again = machine.invalidate(3, 6);
+    assert_eq!(guest.retry_point(4), RetryPoint::BeforeFaultIn, "entries are used again");
+    drop((again, second));
+    guest.read_all(0..64);
+}
+
+/// Aliases of one host page: one invalidation with a range in each slot.
+pub(crate) fn every_range_of_an_invalidation_is_exact() {
+    let machine = Machine::new(Policy { coverage: Coverage::Exact, ..both() });
+    machine.mmu.create_slot(machine.slot(1, 100, 4, 3)).expect("an alias of host pages 3..7");
+    let mut guest = machine.guest();
+    let invalidation = machine.invalidate(3, 4);
+    for (gfn, covered) in [(3, true), (100, true), (50, false), (101, false)] {
+        match covered {
+            true => assert_eq!(guest.retry_point(gfn), RetryPoint::BeforeFaultIn),
+            false => assert_eq!(guest.fault(gfn, Access::READ), Ok(FaultOutcome::Fixed)),
+        }
+    }
+    drop(invalidation);
 }
 
 pub(crate) fn invalidations_nest_in_one_thread() {

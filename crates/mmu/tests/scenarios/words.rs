@@ -2,7 +2,7 @@
 
 use std::panic::catch_unwind;
 
-use afterimage_mmu::{Gfn, GfnRange, InvalidationError, MmuLock, SequenceScope, Stale};
+use afterimage_mmu::{Coverage, Gfn, GfnRange, InvalidationError, MmuLock, SequenceScope, Stale};
 
 use crate::support::platform::Threads;
 
@@ -64,7 +64,7 @@ fn invalidate_once(lock: &MmuLock<Threads>, range: GfnRange) {
 }
 
 pub(crate) fn an_end_counts_in_the_regions_it_touched() {
-    let lock = MmuLock::<Threads>::with_scope(SequenceScope::Region);
+    let lock = MmuLock::<Threads>::with(SequenceScope::Region, Coverage::Hull);
     let words = lock.invalidations();
     let here = gfns(3 * REGION + 7, 3 * REGION + 8);
     let block = gfns(3 * REGION, 4 * REGION);

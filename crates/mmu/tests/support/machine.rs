@@ -5,9 +5,9 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use afterimage_mmu::{
-    Access, Barrier, Blocking, Emulate, Fault, FaultError, FaultOutcome, Found, Gfn, GfnRange, GuestMmu,
-    Invalidation, Memslot, Pfn, Policy, Precheck, Requests, RetryPoint, SequenceScope, SlotId, SpaceId, Vcpu,
-    WitnessKind, YieldPolicy, Zap,
+    Access, Barrier, Blocking, Coverage, Emulate, Fault, FaultError, FaultOutcome, Found, Gfn, GfnRange,
+    GuestMmu, Invalidation, Memslot, Pfn, Policy, Precheck, Requests, RetryPoint, SequenceScope, SlotId,
+    SpaceId, Vcpu, WitnessKind, YieldPolicy, Zap,
 };
 
 use super::frames::{Frames, Stamp};
@@ -98,6 +98,7 @@ pub(crate) fn both() -> Policy {
         precheck: Precheck::all(),
         yielding: YieldPolicy::Never,
         scope: SequenceScope::Global,
+        coverage: Coverage::Hull,
         witness: WITNESS.get(),
         barrier: Barrier::Symmetric,
     }

@@ -1,0 +1,191 @@
+//! Which frames the active invalidations cover: the hull of them all, or each range for itself.
+//!
+//! # State
+//!
+//! | word | changed by, with `mmu_lock` held for write | meaning |
+//! |---|---|---|
+//! | `start`, `end` | `add` | hull of every range added since an invalidation last began with none active |
+//! | `untracked` | `begin` +1, `track` −1, `end` −1 if not tracked | active invalidations whose ranges only the hull knows |
+//! | `tracked[..]` | `track` writes, `end` empties | a range of an active invalidation each |
+//!
+//! The hull is KVM's way: two words, and a frame between two ranges is refused until the last of them ends. With
+//! [`Coverage::Exact`] an invalidation also notes its ranges in a few entries, all of them or none. While `untracked` is 0 the
+//! entries say it all, and the frames between are free. When they run out, `untracked` stays up and the hull counts again.
+//!
+//! # Without the lock
+//!
+//! A verdict that rests on an announced intent reads these words while they change. The loads are Acquire and in this order:
+//! the count of active invalidations, then `untracked`, then the entries or the hull, then the sequence.
+//!
+//! Take an invalidation that covers the frames, and whose count the verdict has read. `begin` raised `untracked` before the
+//! count, so a 0 was read there from its `track` or later: its entries are visible then, or what its end, or a later
+//! invalidation, has written into them. An end empties its entries after it has bumped the sequence, and the stores are
+//! Release: so whoever finds them empty, or reused, finds the sequence moved. Likewise for `untracked` and the hull. An
+//! entry that is half written belongs to an invalidation that has not looked at the announcements yet.
+
+use crate::addr::{Gfn, GfnRange};
+use crate::mutation::{self, Mutation};
+use crate::sync::{AtomicU64, Ordering};
+
+/// Both bounds while a `begin` has not yet been followed by an `add`. No gfn reaches it.
+const SENTINEL: u64 = u64::MAX;
+
+/// Entries for exact ranges.
+#[cfg(not(loom))]
+const TRACKED: usize = 8;
+/// Few under loom, so that they run out.
+#[cfg(loom)]
+const TRACKED: usize = 1;
+
+/// Which frames an active invalidation holds back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Coverage {
+    /// The hull of all active ranges: KVM's way.
+    Hull,
+    /// Its own, as long as no more than eight ranges are active at a time; the hull of all beyond.
+    Exact,
+}
+
+/// The entries of one invalidation, one bit each. None: only the hull knows its ranges.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Tracks(u8);
+
+/// The frames of all active invalidations.
+#[derive(Debug)]
+pub(crate) struct Ranges {
+    coverage: Coverage,
+    start: AtomicU64,
+    end: AtomicU64,
+    untracked: AtomicU64,
+    tracked: [Bounds; TRACKED],
+}
+
+/// Half-open; empty, with the start behind every frame, when free.
+#[derive(Debug)]
+struct Bounds {
+    start: AtomicU64,
+    end: AtomicU64,
+}
+
+impl Bounds {
+    fn set(&self, start: u64, end: u64, ordering: Ordering) {
+        self.start.store(start, ordering);
+        self.end.store(end, ordering);
+    }
+
+    fn is_free(&self) -> bool {
+        self.start.load(Ordering::Relaxed) == SENTINEL
+    }
+}
+
+/// What the words say about a range of frames.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Overlap {
+    No,
+    Yes,
+    /// An invalidation has begun and has no range yet.
+    Torn,
+}
+
+impl Ranges {
+    pub(crate) fn new(coverage: Coverage) -> Self {
+        Self {
+            coverage,
+            start: AtomicU64::new(SENTINEL),
+            end: AtomicU64::new(SENTINEL),
+            untracked: AtomicU64::new(0),
+            tracked: core::array::from_fn(|_| Bounds {
+                start: AtomicU64::new(SENTINEL),
+                end: AtomicU64::new(0),
+            }),
+        }
+    }
+
+    /// Whether an active invalidation covers a frame of `range`. The caller has found one active.
+    #[inline]
+    pub(crate) fn overlap(&self, range: GfnRange, ordering: Ordering) -> Overlap {
+        let (first, behind) = (range.start.as_u64(), range.end.as_u64());
+        if self.coverage == Coverage::Exact && self.untracked.load(ordering) == 0 {
+            let covered = self
+                .tracked
+                .iter()
+                .any(|entry| entry.start.load(ordering) < behind && first < entry.end.load(ordering));
+            return if covered { Overlap::Yes } else { Overlap::No };
+        }
+        let (start, end) = (self.start.load(ordering), self.end.load(ordering));
+        match start {
+            SENTINEL => Overlap::Torn,
+            start if first < end && start < behind => Overlap::Yes,
+            _ => Overlap::No,
+        }
+    }
+
+    /// Before the count is raised; `first`: it was 0.
+    pub(crate) fn begin(&self, first: bool) {
+        // Release: who reads emptied bounds reads what the ends before it bumped.
+        let ordering = mutation::unless(Mutation::BeginRelaxed, Ordering::Release);
+        if first {
+            self.start.store(SENTINEL, ordering);
+            self.end.store(SENTINEL, ordering);
+        }
+        if self.coverage == Coverage::Exact {
+            self.untracked.store(self.untracked.load(Ordering::Relaxed) + 1, ordering);
+        }
+    }
+
+    /// Widens the hull.
+    pub(crate) fn add(&self, range: GfnRange) {
+        let hull = match self.start.load(Ordering::Relaxed) {
+            SENTINEL => range,
+            start => GfnRange::new(Gfn::new(start), Gfn::new(self.end.load(Ordering::Relaxed))).hull(range),
+        };
+        let ordering = mutation::unless(Mutation::BeginRelaxed, Ordering::Release);
+        self.start.store(hull.start.as_u64(), ordering);
+        self.end.store(hull.end.as_u64(), ordering);
+    }
+
+    /// Whether a range was added since an invalidation last began with none active.
+    pub(crate) fn has_any(&self) -> bool {
+        self.start.load(Ordering::Relaxed) != SENTINEL
+    }
+
+    /// Notes all ranges of an invalidation that has begun, if there are entries enough.
+    pub(crate) fn track(&self, ranges: impl Iterator<Item = GfnRange>) -> Tracks {
+        if self.coverage == Coverage::Hull {
+            return Tracks::default();
+        }
+        let ordering = mutation::unless(Mutation::BeginRelaxed, Ordering::Release);
+        let mut tracks = Tracks::default();
+        for range in ranges {
+            let Some(free) = self.tracked.iter().position(Bounds::is_free) else {
+                self.free(tracks);
+                return Tracks::default();
+            };
+            tracks.0 |= 1 << free;
+            self.tracked[free].set(range.start.as_u64(), range.end.as_u64(), ordering);
+        }
+        if tracks != Tracks::default() {
+            self.untracked.store(self.untracked.load(Ordering::Relaxed) - 1, ordering);
+        }
+        tracks
+    }
+
+    /// After the sequence was bumped, before the count is dropped.
+    pub(crate) fn end(&self, tracks: Tracks) {
+        match self.coverage {
+            Coverage::Hull => {}
+            Coverage::Exact if tracks == Tracks::default() => {
+                self.untracked.store(self.untracked.load(Ordering::Relaxed) - 1, Ordering::Release);
+            }
+            Coverage::Exact => self.free(tracks),
+        }
+    }
+
+    fn free(&self, tracks: Tracks) {
+        for (index, entry) in self.tracked.iter().enumerate() {
+            if tracks.0 & 1 << index != 0 {
+                entry.set(SENTINEL, 0, Ordering::Release);
+            }
+        }
+    }
+}
