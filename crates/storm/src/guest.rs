@@ -26,7 +26,7 @@ use crate::recording::{Event, Recording, What};
 use crate::scenario::Touch;
 use crate::windows::{Since, Windows};
 
-/// Accesses between two looks at whether the storm is over.
+/// Accesses in one stay in the guest, at most.
 const BATCH: u32 = 1024;
 /// Entries of the TLB.
 const TLB: usize = 256;
@@ -146,7 +146,7 @@ impl<'m, 'r> Guest<'m, 'r> {
                 self.serve(requests);
                 continue;
             }
-            let faulted = self.touch();
+            let faulted = self.touch(over);
             let requests = self.vcpu.leave_guest();
             self.serve(requests);
             if let Some(gfn) = faulted {
@@ -162,14 +162,15 @@ impl<'m, 'r> Guest<'m, 'r> {
         }
     }
 
-    /// In the guest: accesses, until one faults.
-    fn touch(&mut self) -> Option<Gfn> {
+    /// In the guest: accesses, until one faults. None begins any more once the storm is over.
+    fn touch(&mut self, over: &AtomicBool) -> Option<Gfn> {
         for _ in 0..BATCH {
             if self.vcpu.is_kicked() {
                 return None;
             }
             let gfn = match &self.pending {
                 Some(pending) => pending.gfn,
+                None if over.load(Ordering::Relaxed) => return None,
                 None => self.next(),
             };
             if !self.access(gfn) {

@@ -16,6 +16,8 @@ mod scenario;
 mod storm;
 mod windows;
 
+pub use hdrhistogram::Histogram;
+
 pub use cell::{Cell, Engine, Latencies, Latency, Load, LockWait, Measured, Retries, Times};
 pub use matrix::{Matrix, Outcome};
 pub use policy::{AfterRetry, Policies, Precheck, Scenario, Sequence, UnknownChoice, Witness, Yielding};
