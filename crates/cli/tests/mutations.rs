@@ -12,6 +12,13 @@
 //! * `zap-forgets-last-frame` leaves one page of a range mapped. A guest that runs through the range faults on another
 //!   of its pages first, and waits; so only ranges of a single page show it, which a budget of one page gives.
 //!
+//! On software vCPUs the kernel keeps nothing: a frame is given away when it is freed, and a translation lasts until it is
+//! flushed. There every rule shows, those about flushes too (`begin-without-flush`, `yield-without-flush`,
+//! `kick-without-ack`), which userfaultfd does not leave to anybody.
+//!
+//! * A zap that yields without a flush shows when another invalidation finds its pages absent, and so has nothing to flush
+//!   itself: whole blocks migrate, and single pages of them. This takes some seconds.
+//!
 //! The same breaks at chosen points of the interleaving, always noticed: `tests/mutations.rs` of `afterimage-memory`.
 
 mod command;
@@ -45,6 +52,24 @@ const RACED: &[&str] = &[
 const CRAMPED: &[&str] =
     &["--memory", "16k", "--resident", "4k", "--vcpus", "1", "--backing", "anonymous", "--precheck", "off"];
 
+/// A small hot set in frames of a pool, taken away without pause, on vCPUs that walk tables.
+const SOFT: &[&str] = &[
+    "--guest",
+    "soft",
+    "--workload",
+    "hot",
+    "--memory",
+    "2m",
+    "--resident",
+    "2m",
+    "--pressure",
+    "1500",
+    "--precheck",
+    "off",
+    "--after-retry",
+    "park",
+];
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Noticed {
     /// By the guest: a page is not what it must be.
@@ -56,9 +81,24 @@ enum Noticed {
 #[track_caller]
 fn is_noticed(test: &str, rule: &str, options: &[&str], noticed: Noticed) {
     let _alone = alone();
-    if !has_guest(test) {
-        return;
+    if has_guest(test) {
+        until_noticed(rule, options, noticed);
     }
+}
+
+/// On software vCPUs, with both witnesses.
+#[track_caller]
+fn is_noticed_by_software(rule: &str, invalidate: &str) {
+    let _alone = alone();
+    for witness in ["lock", "intent"] {
+        let options: Vec<_> =
+            SOFT.iter().chain(&["--invalidate", invalidate, "--witness", witness]).copied().collect();
+        until_noticed(rule, &options, Noticed::WrongPage);
+    }
+}
+
+#[track_caller]
+fn until_noticed(rule: &str, options: &[&str], noticed: Noticed) {
     // A run ends at its first failure, but goes on after a wrong page.
     let duration = match noticed {
         Noticed::WrongPage => "1s",
@@ -93,6 +133,39 @@ fn unbroken_rules_hold() {
         assert_eq!((run.number("/wrong_pages"), run.failures()), (0, vec![]), "{options:?}");
         assert_eq!(run.ended.code(), 0, "{options:?}: {:?}", run.ended);
     }
+}
+
+#[test]
+fn unbroken_rules_hold_on_software() {
+    let _alone = alone();
+    for witness in ["lock", "intent"] {
+        for invalidate in ["evict,discard,migrate", "migrate"] {
+            let options = ["--duration", "1s", "--invalidate", invalidate, "--witness", witness];
+            let run = run(options.iter().chain(SOFT));
+            assert_eq!((run.number("/wrong_pages"), run.failures()), (0, vec![]), "{invalidate}, {witness}");
+            assert_eq!(run.json["options"]["witness"], witness);
+        }
+    }
+}
+
+#[test]
+fn every_rule_shows_on_software() {
+    for rule in [
+        "verify-always-fresh",
+        "begin-without-flush",
+        "kick-without-ack",
+        "zap-forgets-last-frame",
+        "evict-without-invalidation",
+        "discard-without-invalidation",
+        "discard-keeps-bytes",
+    ] {
+        is_noticed_by_software(rule, "evict,discard,migrate");
+    }
+}
+
+#[test]
+fn a_yield_without_a_flush_shows_on_software() {
+    is_noticed_by_software("yield-without-flush", "migrate");
 }
 
 #[test]

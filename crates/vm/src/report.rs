@@ -78,7 +78,7 @@ pub struct WrongPage {
     pub kind: WrongKind,
     /// The first word that should have been there; for [`WrongKind::Torn`] a fold of the other two, for
     /// [`WrongKind::Tag`] the frame number; for [`WrongKind::Stale`] the frame's generation when it was walked to
-    /// (all ones: it was free then), for [`WrongKind::FreedTable`] the table's level.
+    /// (even: it was free then), for [`WrongKind::FreedTable`] the table's level.
     pub expected: u64,
     /// What was there instead; for [`WrongKind::Torn`] the same fold, for [`WrongKind::Stale`] the frame's generation now,
     /// for [`WrongKind::FreedTable`] the table's frame.
@@ -131,7 +131,7 @@ impl WrongPage {
             }
             WrongKind::Torn => "changed in part",
             WrongKind::Tag => "a page of another frame",
-            WrongKind::Stale if self.expected == u64::MAX => "the tables led to a free frame",
+            WrongKind::Stale if self.expected.is_multiple_of(2) => "the tables led to a free frame",
             WrongKind::Stale => "a translation was used after its invalidation",
             WrongKind::FreedTable => "a table was walked after it was freed",
             _ if first == 0 => "its content has been lost",

@@ -16,17 +16,13 @@ use super::options::RunPlan;
 /// How often the budget and the guest's mailbox are looked at.
 const LOOK_EVERY: Duration = Duration::from_micros(200);
 /// A vCPU that makes so many accesses in so short a time runs, and does not wait for pages.
-#[derive(Clone, Copy, Debug)]
-struct Gait {
-    look: Duration,
-    moves: u32,
-}
-/// Of machine code.
-const RUN: Gait = Gait { look: Duration::from_micros(10), moves: 30 };
-/// Of vCPUs in software.
-const WALK: Gait = Gait { look: Duration::from_micros(50), moves: 15 };
+const RUNNING_LOOK: Duration = Duration::from_micros(10);
+const RUNNING_MOVES: u32 = 30;
 /// What an eviction beyond the budget's takes: 128 KiB, or a huge page.
 const EVICT_FRAMES: u64 = 32;
+/// Pages that migrate singly for each block that does, and the block: 2 MiB.
+const COMPACT_EVERY: u32 = 4;
+const COMPACT_FRAMES: u64 = 512;
 /// How often, and how many parts of memory in turn, lose their marks of past accesses.
 const AGE_EVERY: Duration = Duration::from_millis(5);
 const AGE_PARTS: u64 = 16;
@@ -41,18 +37,36 @@ pub(crate) struct Pressure {
     stop: Arc<AtomicBool>,
 }
 
+/// Where memory is taken away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Aim {
+    /// Where a vCPU runs, and does not wait for pages that another thread serves.
+    Running,
+    /// Where a vCPU is: it serves its faults by itself.
+    Anywhere,
+}
+
 /// What every one of the threads has.
 #[derive(Clone)]
 struct Reach {
     object: Arc<MemoryObject>,
     guest: GuestHandle,
-    gait: Gait,
+    aim: Aim,
     stop: Arc<AtomicBool>,
 }
 
 impl Reach {
     fn is_running(&self) -> bool {
         !self.stop.load(Ordering::Acquire)
+    }
+
+    /// Where to take memory away in this turn.
+    fn target(&self, turn: usize) -> Option<Gfn> {
+        let vcpus = self.guest.vcpus();
+        match self.aim {
+            Aim::Running => (0..vcpus).find_map(|vcpu| running_at(&self.guest, vcpu)),
+            Aim::Anywhere => Some(self.guest.current_gfn(turn % vcpus)),
+        }
     }
 
     /// `frames` widened to whole pages of the object.
@@ -68,23 +82,36 @@ impl Pressure {
     /// Starts a thread that keeps the budget, and one for each kind that was asked for.
     pub(crate) fn start(plan: &RunPlan, object: &Arc<MemoryObject>, guest: &GuestHandle) -> Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
-        let gait = if plan.guest == GuestKind::Soft { WALK } else { RUN };
-        let reach = Reach { object: Arc::clone(object), guest: guest.clone(), gait, stop: Arc::clone(&stop) };
+        let aim = if plan.guest == GuestKind::Soft { Aim::Anywhere } else { Aim::Running };
+        let reach = Reach { object: Arc::clone(object), guest: guest.clone(), aim, stop: Arc::clone(&stop) };
         let mut pressure = Self { threads: Vec::new(), stop };
         let budget = reach.clone();
         pressure.spawn("budget", move || keep_budget(&budget))?;
         for kind in &plan.invalidate {
             let reach = reach.clone();
-            let (per_second, batch) = (plan.pressure, EVICT_FRAMES.max(plan.page_size.frames()));
+            // Pages migrate one by one, while whole blocks do: so one invalidation often lies within another.
+            let (per_second, page) = (plan.pressure, plan.page_size.frames());
+            let batch = EVICT_FRAMES.max(page);
             match kind {
                 // Only the budget evicts. A thread without work would end, which is what a failed one does.
                 InvalidateChoice::Evict | InvalidateChoice::Migrate if plan.pressure == 0 => {}
                 InvalidateChoice::Evict => pressure.spawn("evict", move || {
                     where_it_runs(&reach, per_second, batch, |frames| reach.object.evict(frames).map(drop))
                 })?,
-                InvalidateChoice::Migrate => pressure.spawn("migrate", move || {
-                    where_it_runs(&reach, per_second, batch, |frames| reach.object.migrate(frames).map(drop))
-                })?,
+                InvalidateChoice::Migrate => {
+                    let compacting = reach.clone();
+                    pressure.spawn("migrate", move || {
+                        where_it_runs(&reach, per_second, page, |frames| {
+                            reach.object.migrate(frames).map(drop)
+                        })
+                    })?;
+                    pressure.spawn("compact", move || {
+                        let per_second = per_second.div_ceil(COMPACT_EVERY);
+                        where_it_runs(&compacting, per_second, COMPACT_FRAMES, |frames| {
+                            compacting.object.migrate(frames).map(drop)
+                        })
+                    })?;
+                }
                 InvalidateChoice::Discard => pressure.spawn("discard", move || discard(&reach))?,
                 InvalidateChoice::Protect => pressure.spawn("checkpoint", move || checkpoint(&reach))?,
                 InvalidateChoice::Age => pressure.spawn("age", move || age(&reach))?,
@@ -140,7 +167,10 @@ fn where_it_runs(
 ) -> Result<(), MemoryError> {
     let Some(pause) = Duration::from_secs(1).checked_div(per_second) else { return Ok(()) };
     let mut due = Instant::now();
-    while reach.is_running() {
+    for turn in 0.. {
+        if !reach.is_running() {
+            break;
+        }
         // Where evictions are slower than asked for, go on from now.
         due = (due + pause).max(Instant::now());
         while Instant::now() < due && reach.is_running() {
@@ -149,7 +179,7 @@ fn where_it_runs(
         let turn_ends = due + pause;
         // At least once, however short the turn is.
         loop {
-            if let Some(at) = (0..reach.guest.vcpus()).find_map(|vcpu| running_at(reach, vcpu)) {
+            if let Some(at) = reach.target(turn) {
                 take_away(reach.whole_pages(around(at, batch, reach.object.frames())))?;
                 break;
             }
@@ -163,16 +193,16 @@ fn where_it_runs(
 }
 
 /// The frame that `vcpu` is at, if it is running through resident memory just now, and not from one fault to the next.
-fn running_at(reach: &Reach, vcpu: usize) -> Option<Gfn> {
-    let mut last = reach.guest.current_gfn(vcpu);
+fn running_at(guest: &GuestHandle, vcpu: usize) -> Option<Gfn> {
+    let mut last = guest.current_gfn(vcpu);
     let mut moves = 0;
     let started = Instant::now();
-    while started.elapsed() < reach.gait.look {
-        let now = reach.guest.current_gfn(vcpu);
+    while started.elapsed() < RUNNING_LOOK {
+        let now = guest.current_gfn(vcpu);
         moves += u32::from(now != last);
         last = now;
     }
-    (moves >= reach.gait.moves).then_some(last)
+    (moves >= RUNNING_MOVES).then_some(last)
 }
 
 /// `frames` frames that hold `gfn`, aligned to their number.

@@ -43,6 +43,8 @@ pub(super) struct Cpu<'m, F: Hardware, H: Host<Memory = TablePool>, M, R> {
     tlb: Tlb,
     root: afterimage_mmu::Pfn,
     unchecked: u32,
+    /// Walks in a row that met a freed table.
+    astray: u32,
     /// What the caches led to that they should not have: for the program, which writes it down.
     misled: Option<Misled>,
 }
@@ -77,6 +79,7 @@ where
             tlb: Tlb::new(),
             root: machine.root(),
             unchecked: 0,
+            astray: 0,
             misled: None,
         };
         cpu.enter();
@@ -113,9 +116,7 @@ where
         loop {
             match self.tlb.find(gfn) {
                 Some(page) if page.writable || !access.contains(Access::WRITE) => {
-                    if let Some(frame) = self.frame(gfn, page) {
-                        return Ok(frame);
-                    }
+                    return self.frame(gfn, page);
                 }
                 Some(_) if !F::FAULTS_FORGET => self.fault(gfn, access, Found::Present)?,
                 Some(_) | None => self.walk(gfn, access)?,
@@ -123,17 +124,20 @@ where
         }
     }
 
-    /// Where the page is. `None`: no longer there, which should never be.
+    /// Where the translation leads, as hardware follows it; noted, if that is not where the page is.
     #[inline]
-    fn frame(&mut self, gfn: Gfn, page: Translation) -> Option<NonNull<u8>> {
+    fn frame(&mut self, gfn: Gfn, page: Translation) -> Result<NonNull<u8>, VcpuEnd> {
         let ram = &self.machine.ram;
         let now = ram.generation(page.pfn);
-        if now == page.generation && !now.is_multiple_of(2) {
-            return ram.frame(page.pfn);
+        if now != page.generation || now.is_multiple_of(2) {
+            self.mislead(RecordKind::Stale, gfn, page.generation.into(), now.into());
+            // Noted once for each time that it was walked to.
+            self.tlb.forget(gfn);
         }
-        self.mislead(RecordKind::Stale, gfn, page.generation.into(), now.into());
-        self.tlb.forget(gfn);
-        None
+        self.machine.ram.frame(page.pfn).ok_or_else(|| VcpuEnd::Died {
+            what: format!("its tables led to frame {}, and there is no such frame", page.pfn),
+            gfn,
+        })
     }
 
     #[cold]
@@ -148,23 +152,20 @@ where
                 let inside = gfn.as_u64() & (size.frames() - 1);
                 let generation = self.machine.ram.generation(first + inside);
                 self.tlb.put(gfn, size, Translation { pfn: first, writable, generation });
-                if generation.is_multiple_of(2) {
-                    // The tables themselves lead to a frame that is nobody's. A moment later they may not.
-                    self.mislead(RecordKind::Stale, gfn, u64::MAX, generation.into());
-                    self.tlb.forget(gfn);
-                    self.look();
-                }
+                self.astray = 0;
                 Ok(())
             }
             Walk::Fault(found) => self.fault(gfn, access, found),
             Walk::FreedTable { level, table } => {
                 self.mislead(RecordKind::FreedTable, gfn, level.number().into(), table.as_u64());
                 self.tlb.flush();
-                if table == self.root {
-                    let what = "its root table was freed".to_owned();
+                self.astray += 1;
+                if self.astray > 1 {
+                    // Not what it remembers is wrong, but what the tables say.
+                    let what =
+                        format!("its tables lead to the freed table {table} of level {}", level.number());
                     return Err(VcpuEnd::Died { what, gfn });
                 }
-                self.look();
                 Ok(())
             }
         }
