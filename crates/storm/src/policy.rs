@@ -217,6 +217,7 @@ impl Policies {
             },
             // Invalidations are many in a storm, and a barrier on every CPU is dear for each.
             barrier: Barrier::Symmetric,
+            ..Policy::default()
         }
     }
 }

@@ -9,6 +9,7 @@ use afterimage_storm::{
 use anyhow::{Result, ensure};
 use clap::Args;
 
+use super::kernel::KernelPlan;
 use crate::units;
 
 /// The policies that tell the story where none are asked for: before the change, after it, and with what this project
@@ -67,6 +68,12 @@ pub(crate) struct StormArgs {
     /// Leave out the cells without faults and without invalidations, which the others are compared with
     #[arg(long)]
     no_baseline: bool,
+    /// With a real guest on this host's KVM, and with its kernel's own invalidations, instead of with our engine
+    #[arg(long, conflicts_with_all = ["precheck", "yielding", "sequence", "witness", "after_retry", "shuffle"])]
+    pub(super) kernel: bool,
+    /// Set what `storm --kernel --json` wrote on several hosts beside each other, and run nothing
+    #[arg(long, value_name = "FILES", num_args = 1.., conflicts_with_all = ["kernel", "json"])]
+    pub(super) beside: Vec<PathBuf>,
     /// Write the cells as JSON; "-" for standard output, and the table to standard error then
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -105,6 +112,25 @@ impl StormArgs {
         }
         let matrix = Matrix { storms, repeat: self.repeat, shuffle: self.shuffle, seed: self.seed };
         Ok(StormPlan { matrix, json: self.json })
+    }
+
+    /// The same for the kernel that is running.
+    pub(super) fn kernel_plan(self) -> Result<KernelPlan> {
+        ensure!(self.repeat > 0, "--repeat 0 would measure nothing: ask for 1 or more");
+        let scenarios = if self.scenario.is_empty() { Scenario::ALL.to_vec() } else { self.scenario };
+        let plan = KernelPlan {
+            scenarios,
+            vcpus: self.vcpus,
+            threads: self.threads,
+            memory: self.memory,
+            duration: self.duration,
+            repeat: self.repeat,
+            seed: self.seed,
+            baselines: !self.no_baseline,
+            json: self.json,
+        };
+        plan.check()?;
+        Ok(plan)
     }
 
     /// Every combination of what was asked for, and as in Linux where nothing was; the story if nothing was at all.

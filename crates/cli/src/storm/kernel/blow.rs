@@ -1,0 +1,292 @@
+//! One run: a guest, threads that take its memory away, and one that looks after it all.
+//!
+//! ```text
+//! this thread          vCPUs                            threads that invalidate
+//!   start ───────────► wait, or touch what they can
+//!   first sample ─────────────────────────────────────► [map all again, not counted] window, take, window's end; again
+//!   renew: a vCPU at the end of its round has its own frames unmapped, and goes on
+//!   time is up ───────────────────────────────────────► end
+//!   wait until each access that was stuck is done
+//!   last sample
+//! ```
+
+use core::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use afterimage_mmu::{FRAME_BYTES, GfnRange};
+use afterimage_storm::{Load, Measured, Scenario};
+use afterimage_vm::{Pace, TouchGuest};
+use anyhow::{Context as _, Result, anyhow};
+use hdrhistogram::Histogram;
+
+use super::account::{Account, Sample};
+use super::ksm::Merging;
+use super::memory::{By, StormMemory};
+use super::plan::{Plan, Take};
+use super::tracefs::{Marker, Tracing};
+use super::watched::{BEGIN, END, EVENTS, Tables, Watched};
+
+/// How often rounds are looked after.
+const LOOK_EVERY: Duration = Duration::from_micros(100);
+/// How long an access may be stuck when nothing invalidates any more, and how long a sweep may take.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// How long guests touch before anything is counted.
+const WARM_UP: Duration = Duration::from_millis(20);
+
+/// One run to make.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct KernelStorm {
+    pub(crate) scenario: Scenario,
+    pub(crate) load: Load,
+    pub(crate) by: By,
+    pub(crate) vcpus: usize,
+    pub(crate) threads: usize,
+    /// In bytes.
+    pub(crate) memory: u64,
+    pub(crate) seed: u64,
+    pub(crate) duration: Duration,
+}
+
+/// What it came to.
+#[derive(Debug)]
+pub(crate) struct KernelRun {
+    pub(crate) measured: Measured,
+    pub(crate) failures: Vec<String>,
+}
+
+/// What a thread that invalidates works with.
+struct Invalidator<'s> {
+    guest: &'s TouchGuest,
+    memory: &'s StormMemory,
+    plan: &'s Plan,
+    take: Take,
+    by: By,
+    marker: Option<Marker>,
+    /// Sum of what is counted, and since when it is.
+    counting: &'s Mutex<(Account, Option<Sample>)>,
+    choices: Choices,
+    times: Histogram<u64>,
+    at: u64,
+}
+
+impl KernelStorm {
+    /// Lets it blow. The error says what cannot be had here, and how to get it.
+    pub(crate) fn blow(&self, interrupted: &AtomicBool) -> Result<KernelRun> {
+        self.blow_with(None, interrupted)
+    }
+
+    /// Lets it blow with every event recorded, and tells what the trace does. Times of such a run mean nothing.
+    pub(crate) fn watch(&self, tables: Tables, interrupted: &AtomicBool) -> Result<Watched> {
+        let tracing = Tracing::new("storm", EVENTS)?;
+        self.blow_with(Some(&tracing), interrupted)?;
+        let (_, lost) = tracing.counts()?;
+        Ok(Watched::new(&tracing.lines()?, tables, lost, tracing.missing()))
+    }
+
+    fn blow_with(&self, tracing: Option<&Tracing>, interrupted: &AtomicBool) -> Result<KernelRun> {
+        let Self { scenario, load, by, vcpus, threads, memory, .. } = *self;
+        let plan = Plan::new(scenario, load, by, vcpus, threads, memory / FRAME_BYTES);
+        let memory = StormMemory::new(plan.frames, by)?;
+        // From here on, whoever leaves drops the guest first: it is declared later.
+        let guest = TouchGuest::start(memory.guest(), &plan.walks)?;
+        let merging = if by == By::Ksm && load != Load::Quiet {
+            memory.merge(GfnRange::new(plan.walks[0].first, plan.walks[0].first + plan.walks[0].count))?;
+            // Only a trace tells how often the kernel merges.
+            let counted = Tracing::new("ksm", &["kvm:kvm_unmap_hva_range"])?;
+            counted.on()?;
+            Some((Merging::start()?, counted))
+        } else {
+            None
+        };
+        self.warm_up(&plan, &guest, &memory)?;
+        let begun = merging.as_ref().map(|(_, counted)| counted.counts()).transpose()?;
+        tracing.map(Tracing::on).transpose()?;
+        let counting = Mutex::new((Account::default(), Some(Sample::take(&guest)?)));
+        let over = AtomicBool::new(false);
+        let mut invalidators = Vec::new();
+        for (thread, take) in plan.takes.iter().enumerate() {
+            invalidators.push(Invalidator {
+                guest: &guest,
+                memory: &memory,
+                plan: &plan,
+                take: *take,
+                by,
+                marker: tracing.map(Tracing::marker).transpose()?,
+                counting: &counting,
+                choices: Choices::new(self.seed, thread),
+                times: Histogram::new(3).expect("3 digits are in range"),
+                at: 0,
+            });
+        }
+        let mut times: Histogram<u64> = Histogram::new(3).expect("3 digits are in range");
+        let looked_after = thread::scope(|scope| {
+            let threads: Vec<_> =
+                invalidators.into_iter().map(|invalidator| scope.spawn(|| invalidator.run(&over))).collect();
+            let looked_after = self.look_after(&plan, &guest, &memory, interrupted);
+            over.store(true, Relaxed);
+            for thread in threads {
+                let taken = thread.join().map_err(|_| anyhow!("a thread that invalidates panicked"))??;
+                times.add(&taken).expect("both have room for every u64");
+            }
+            looked_after
+        });
+        looked_after?;
+        // What was stuck goes on now, and its wait counts.
+        settle(&plan, &guest)?;
+        tracing.map(Tracing::off).transpose()?;
+        let (mut account, since) = counting.into_inner().unwrap_or_else(PoisonError::into_inner);
+        if let Some(since) = since {
+            account.add(&plan.walks, &since, &Sample::take(&guest)?);
+        }
+        let merged = match (&merging, begun) {
+            (Some((_, counted)), Some((before, _))) => counted.counts()?.0 - before,
+            _ => 0,
+        };
+        drop(merging);
+        let failures = guest.failure().map(|failure| failure.to_string()).into_iter().collect();
+        let report = guest.stop()?;
+        let wrong = report.counters().wrong;
+        Ok(KernelRun { measured: account.measured(times.len() + merged, &times, wrong), failures })
+    }
+
+    /// Until the vCPUs have touched what they touch, or are at it.
+    fn warm_up(&self, plan: &Plan, guest: &TouchGuest, memory: &StormMemory) -> Result<()> {
+        if self.load != Load::Uncontended {
+            let since = Instant::now();
+            while since.elapsed() < WARM_UP {
+                renew(plan, guest, memory)?;
+                thread::sleep(LOOK_EVERY);
+            }
+        }
+        Ok(())
+    }
+
+    /// Until time is up, or somebody interrupts, or a vCPU is gone.
+    fn look_after(
+        &self,
+        plan: &Plan,
+        guest: &TouchGuest,
+        memory: &StormMemory,
+        interrupted: &AtomicBool,
+    ) -> Result<()> {
+        let since = Instant::now();
+        while since.elapsed() < self.duration && !interrupted.load(Relaxed) && !guest.has_ended() {
+            if self.load != Load::Uncontended {
+                renew(plan, guest, memory)?;
+            }
+            thread::sleep(LOOK_EVERY);
+        }
+        Ok(())
+    }
+}
+
+/// Has each vCPU's own frames unmapped that is through with them, and lets it go on.
+fn renew(plan: &Plan, guest: &TouchGuest, memory: &StormMemory) -> Result<()> {
+    for (vcpu, walk) in plan.walks.iter().enumerate() {
+        if walk.pace == Pace::OnRelease && guest.is_waiting(vcpu) {
+            memory.discard(GfnRange::new(walk.first, walk.first + walk.stride * walk.count))?;
+            guest.release(vcpu);
+        }
+    }
+    Ok(())
+}
+
+/// Until each vCPU that goes on by itself has done another access.
+fn settle(plan: &Plan, guest: &TouchGuest) -> Result<()> {
+    for (vcpu, walk) in plan.walks.iter().enumerate() {
+        let before = guest.vcpu_counters(vcpu).accesses;
+        if walk.pace == Pace::Endless {
+            until("an access", guest, || guest.vcpu_counters(vcpu).accesses > before)?;
+        }
+    }
+    Ok(())
+}
+
+fn until(what: &str, guest: &TouchGuest, done: impl Fn() -> bool) -> Result<()> {
+    let since = Instant::now();
+    while !done() {
+        if let Some(failure) = guest.failure() {
+            return Err(anyhow!("{failure}"));
+        }
+        if since.elapsed() > PATIENCE {
+            return Err(anyhow!("{what} was not done after {} s", PATIENCE.as_secs()));
+        }
+        thread::sleep(LOOK_EVERY);
+    }
+    Ok(())
+}
+
+impl Invalidator<'_> {
+    /// Takes memory away until the storm is over, once at least. Returns how long each time took, in nanoseconds.
+    fn run(mut self, over: &AtomicBool) -> Result<Histogram<u64>> {
+        let places = self.take.from.len() / self.take.frames;
+        loop {
+            let place = if self.take.random { self.choices.below(places) } else { self.at % places };
+            // In turn: read-only in one round over all places, writable in the next.
+            let writable = self.at / places % 2 == 1;
+            self.at += 1;
+            let start = self.take.from.start + place * self.take.frames;
+            let gfns = GfnRange::new(start, start + self.take.frames);
+            if self.take.populates {
+                self.populate(gfns)?;
+            }
+            let window = self.guest.windows().open(gfns);
+            self.mark(BEGIN);
+            let since = Instant::now();
+            match self.by {
+                By::Madvise => self.memory.discard(gfns)?,
+                By::Mprotect => self.memory.protect(gfns, writable)?,
+                By::Ksm => unreachable!("the kernel's own thread merges"),
+            }
+            let elapsed = since.elapsed();
+            self.mark(END);
+            window.end();
+            self.times += u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX);
+            if over.load(Relaxed) {
+                return Ok(self.times);
+            }
+        }
+    }
+
+    fn mark(&self, text: &str) {
+        if let Some(marker) = &self.marker {
+            marker.mark(text);
+        }
+    }
+
+    /// Has the last vCPU map all of `gfns`, as in a guest that uses its memory. Nothing is counted meanwhile.
+    fn populate(&self, gfns: GfnRange) -> Result<()> {
+        // What the last time has stuck belongs to it.
+        settle(self.plan, self.guest)?;
+        let mut counting = self.counting.lock().unwrap_or_else(PoisonError::into_inner);
+        let (account, since) = &mut *counting;
+        if let Some(since) = since.take() {
+            account.add(&self.plan.walks, &since, &Sample::take(self.guest)?);
+        }
+        let vcpu = self.plan.walks.len() - 1;
+        self.memory.populate(gfns)?;
+        self.guest.sweep(vcpu, gfns, 1);
+        until("a sweep", self.guest, || self.guest.has_swept(vcpu)).context("a vCPU maps its memory")?;
+        *since = Some(Sample::take(self.guest)?);
+        Ok(())
+    }
+}
+
+/// Numbers from a seed, for a thread (xorshift64*).
+#[derive(Debug)]
+struct Choices(u64);
+
+impl Choices {
+    fn new(seed: u64, thread: usize) -> Self {
+        Self((seed ^ (thread as u64 + 1) << 40).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    fn below(&mut self, bound: u64) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        ((u128::from(self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)) * u128::from(bound)) >> 64) as u64
+    }
+}

@@ -1,0 +1,200 @@
+//! `afterimage storm --kernel`: the same storms with a real guest on the KVM of the kernel that is running, and with real
+//! invalidations: `madvise`, `mprotect`, samepage merging.
+//!
+//! Numbers are KVM's own (`KVM_GET_STATS_FD`), the guest's (latencies of its accesses) and, of one more run that is
+//! recorded, tracefs's. What cannot be had here is left out with its reason, and with the way to get it.
+
+mod account;
+mod beside;
+mod blow;
+mod cell;
+mod ksm;
+mod memory;
+mod plan;
+mod tracefs;
+mod watched;
+
+use core::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use afterimage_storm::{Cell, Engine, Load, Measured, Policies, Scenario, Storm};
+use afterimage_vm::{KvmFacts, KvmProbe, MAX_VCPUS, probe};
+use anyhow::{Context as _, Result, bail, ensure};
+
+pub(crate) use self::beside::beside;
+use self::blow::KernelStorm;
+use self::cell::{KernelCell, KernelTable};
+use self::memory::By;
+use self::watched::{Tables, Watched};
+use super::output::Output;
+use super::{bar, interrupted};
+use crate::EXIT_WRONG;
+
+/// How long a run that is recorded blows, at most.
+const RECORDED: Duration = Duration::from_millis(100);
+
+/// What to run.
+#[derive(Clone, Debug)]
+pub(crate) struct KernelPlan {
+    pub(crate) scenarios: Vec<Scenario>,
+    /// Each by its scenario where nothing is said.
+    pub(crate) vcpus: Option<usize>,
+    pub(crate) threads: Option<usize>,
+    pub(crate) memory: Option<u64>,
+    pub(crate) duration: Duration,
+    pub(crate) repeat: usize,
+    pub(crate) seed: u64,
+    /// Whether each side is also run alone.
+    pub(crate) baselines: bool,
+    /// Where the cells go.
+    pub(crate) json: Option<PathBuf>,
+}
+
+impl KernelPlan {
+    /// Refuses what cannot run, before anything does.
+    pub(crate) fn check(&self) -> Result<()> {
+        for KernelStorm { scenario, load, vcpus, threads, memory, seed, duration, .. } in storms(self) {
+            ensure!(
+                (1..=MAX_VCPUS).contains(&vcpus),
+                "a guest on KVM has 1 to {MAX_VCPUS} vCPUs, not {vcpus}: see --vcpus"
+            );
+            let policies = Policies::LINUX;
+            let threads = threads.max(1);
+            Storm { scenario, load, policies, vcpus, threads, memory, seed, duration }.check()?;
+        }
+        Ok(())
+    }
+}
+
+/// The cells to run, in order.
+fn storms(plan: &KernelPlan) -> Vec<KernelStorm> {
+    let mut storms = Vec::new();
+    for &scenario in &plan.scenarios {
+        let storm = |load, by| KernelStorm {
+            scenario,
+            load,
+            by,
+            vcpus: plan.vcpus.unwrap_or(scenario.default_vcpus()),
+            threads: if by == By::Ksm { 0 } else { plan.threads.unwrap_or(scenario.default_threads()) },
+            memory: plan.memory.unwrap_or(scenario.default_memory()),
+            seed: plan.seed,
+            duration: plan.duration,
+        };
+        let ways = plan::ways(scenario);
+        if plan.baselines {
+            storms.extend([Load::Uncontended, Load::Quiet].map(|load| storm(load, ways[0])));
+        }
+        storms.extend(ways.iter().map(|&by| storm(Load::Storm, by)));
+    }
+    storms
+}
+
+/// Lets storms blow over the kernel that is running, and reports. Ends early when interrupted, with what is done.
+///
+/// # Errors
+///
+/// There is no KVM that could be used; the result cannot be written.
+pub(crate) fn run(plan: &KernelPlan) -> Result<ExitCode> {
+    let facts = match probe() {
+        KvmProbe::Usable(facts) => facts,
+        KvmProbe::Unusable(error) => {
+            bail!("/dev/kvm cannot be used: {error}; run as root or as a member of its group")
+        }
+        _ => bail!(
+            "there is no /dev/kvm: load kvm_intel or kvm_amd, or give this virtual machine nested virtualisation"
+        ),
+    };
+    let json = plan.json.as_deref().map(Output::open).transpose()?;
+    let interrupted = interrupted()?;
+    let storms = storms(plan);
+    let bar = bar(storms.len());
+    let (mut cells, mut left_out) = (Vec::new(), Vec::new());
+    for (number, storm) in storms.iter().enumerate() {
+        if interrupted.load(Relaxed) {
+            break;
+        }
+        let name = format!("{} {} by {}", storm.scenario, load_name(storm.load), storm.by);
+        bar.set_position(number as u64);
+        bar.set_message(name.clone());
+        match cell(storm, plan.repeat, &facts, &interrupted) {
+            Ok(cell) => cells.push(cell),
+            Err(why) => left_out.push(format!("{name}: {why:#}")),
+        }
+    }
+    bar.finish_and_clear();
+    let is_taken = json.as_ref().is_some_and(Output::is_standard);
+    if let Some(json) = json {
+        json.write(&format!("{}\n", serde_json::to_string_pretty(&cells)?))?;
+    }
+    Output::show(&KernelTable { cells: &cells, left_out: &left_out }.to_string(), is_taken)?;
+    let is_good = cells.iter().all(|cell| cell.cell.is_good());
+    Ok(if is_good { ExitCode::SUCCESS } else { ExitCode::from(EXIT_WRONG) })
+}
+
+fn load_name(load: Load) -> &'static str {
+    match load {
+        Load::Storm => "storm",
+        Load::Uncontended => "uncontended",
+        Load::Quiet => "quiet",
+    }
+}
+
+fn cell(
+    storm: &KernelStorm,
+    repeat: usize,
+    facts: &KvmFacts,
+    interrupted: &AtomicBool,
+) -> Result<KernelCell> {
+    let tables = if facts.tdp_mmu == Some(true) { Tables::Tdp } else { Tables::Shadow };
+    let mut runs = Vec::new();
+    let mut failures = Vec::new();
+    for _ in 0..repeat {
+        let run = storm.blow(interrupted)?;
+        runs.push(run.measured);
+        failures.extend(run.failures);
+        if interrupted.load(Relaxed) {
+            break;
+        }
+    }
+    let (watched, untraced) = watch(storm, tables, interrupted);
+    let mut cell = KernelCell {
+        cell: Cell {
+            scenario: storm.scenario,
+            engine: Engine::Kernel(format!("Linux {}", rustix::system::uname().release().to_string_lossy())),
+            load: storm.load,
+            policies: None,
+            vcpus: storm.vcpus as u64,
+            threads: storm.threads as u64,
+            memory_bytes: storm.memory,
+            seed: storm.seed,
+            runs: runs.len() as u64,
+            median: Measured::median(&runs),
+            min: Measured::least(&runs),
+            max: Measured::greatest(&runs),
+            failures,
+        },
+        by: storm.by,
+        kvm: facts.kind.to_string(),
+        tables,
+        watched,
+        not_available: BTreeMap::new(),
+    };
+    cell.explain(untraced.as_deref());
+    Ok(cell)
+}
+
+/// What one more run tells that is recorded, or why it cannot be; neither of a part of a storm, and of what no thread
+/// of ours marks.
+fn watch(storm: &KernelStorm, tables: Tables, interrupted: &AtomicBool) -> (Option<Watched>, Option<String>) {
+    if storm.load != Load::Storm || storm.by == By::Ksm {
+        return (None, None);
+    }
+    let recorded = KernelStorm { duration: storm.duration.min(RECORDED), ..*storm };
+    match recorded.watch(tables, interrupted).context("no run could be recorded") {
+        Ok(watched) => (Some(watched), None),
+        Err(why) => (None, Some(format!("{why:#}"))),
+    }
+}

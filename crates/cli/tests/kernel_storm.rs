@@ -1,0 +1,114 @@
+//! `afterimage storm --kernel`: real invalidations under a real guest are counted, and what is missing is said.
+
+mod command;
+
+use std::fs;
+
+use afterimage_testing::skip;
+use afterimage_vm::{KvmProbe, probe};
+use command::{afterimage, alone, to_end};
+use serde_json::Value;
+
+/// Runs `storm --kernel` with these arguments, short; nothing without KVM.
+fn storm(test: &str, arguments: &[&str]) -> Option<(String, Vec<Value>)> {
+    if !matches!(probe(), KvmProbe::Usable(_)) {
+        skip(test, "no usable /dev/kvm");
+        return None;
+    }
+    let _alone = alone();
+    let short =
+        ["storm", "--kernel", "--duration", "100ms", "--repeat", "1", "--memory", "16M", "--json", "-"];
+    let ended = to_end(afterimage().args(short).args(arguments));
+    assert_eq!(ended.code(), 0, "{ended:?}");
+    let cells = serde_json::from_str(&ended.stdout).expect("standard output is a list of cells");
+    Some((ended.stderr, cells))
+}
+
+fn faults(cell: &Value) -> u64 {
+    cell["faults"].as_u64().expect("a cell has faults")
+}
+
+#[test]
+fn each_side_alone_is_calm_and_both_are_a_storm() {
+    let test = "each_side_alone_is_calm_and_both_are_a_storm";
+    let Some((table, cells)) = storm(test, &["--scenario", "E"]) else { return };
+    let [uncontended, quiet, storm] = &cells[..] else { panic!("3 cells, not {cells:#?}") };
+    assert_eq!((&uncontended["load"], &quiet["load"]), (&"uncontended".into(), &"quiet".into()));
+    assert_eq!(uncontended["accesses"], 0);
+    assert_eq!(quiet["invalidations"], 0);
+    assert!(faults(quiet) > 0 && faults(storm) > 0, "{cells:#?}");
+    assert!(uncontended["invalidations"].as_u64() > Some(0) && storm["invalidations"].as_u64() > Some(0));
+    assert!(
+        storm["invalidation_ns"]["median"].as_u64() > Some(100),
+        "no system call is that fast: {storm:#?}"
+    );
+    // Fresh frames: each access faults. The last may be counted on one side of the sample only.
+    let accesses = storm["accesses"].as_u64().expect("a cell has accesses");
+    assert!(faults(storm).abs_diff(accesses) <= 64, "{storm:#?}");
+    assert!(storm["engine"].as_str().is_some_and(|name| name.starts_with("Linux ")));
+    assert!(cells.iter().all(|cell| cell["wrong_pages"] == 0));
+    assert!(table.contains("E: "), "{table}");
+}
+
+#[test]
+fn a_wide_zap_takes_what_was_mapped_away() {
+    let Some((_, cells)) =
+        storm("a_wide_zap_takes_what_was_mapped_away", &["--scenario", "A", "--no-baseline"])
+    else {
+        return;
+    };
+    let [cell] = &cells[..] else { panic!("one cell, not {cells:#?}") };
+    // What is mapped cannot be zapped without a flush.
+    assert!(cell["flushes_per_invalidation"].as_f64().is_some_and(|flushes| flushes >= 1.0), "{cell:#?}");
+    assert!(faults(cell) > 0, "what was zapped faults again: {cell:#?}");
+    assert_eq!(cell["wrong_pages"], 0);
+}
+
+#[test]
+fn no_number_is_silently_missing() {
+    let Some((table, cells)) = storm("no_number_is_silently_missing", &["--scenario", "E-inside,C"]) else {
+        return;
+    };
+    for cell in &cells {
+        let reasons = cell["not_available"].as_object().expect("a cell says what it has not");
+        for number in ["retries", "wasted_fault_ins", "lock_wait_ns", "doomed_cpu_ns", "retries_per_fault"] {
+            assert!(cell.get(number).is_some() != reasons.contains_key(number), "{number}: {cell:#?}");
+        }
+        let recorded = cell["load"] == "storm" && cell["by"] != "ksm";
+        assert!(
+            !recorded || cell["watched"].is_object() != reasons.contains_key("watched"),
+            "a trace, or why there is none: {cell:#?}"
+        );
+    }
+    for by in ["madvise", "mprotect", "ksm"] {
+        let ran = cells.iter().any(|cell| cell["by"] == by);
+        let name = if by == "ksm" { "KSM" } else { by };
+        assert!(ran || table.contains(&format!("NOT RUN: C storm by {name}: ")), "{by}: {table}");
+    }
+}
+
+#[test]
+fn two_kernels_are_set_beside_each_other() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = directory.path().join("cells.json");
+    let Some((_, cells)) =
+        storm("two_kernels_are_set_beside_each_other", &["--scenario", "E", "--no-baseline"])
+    else {
+        return;
+    };
+    fs::write(&file, serde_json::to_vec(&cells).expect("it is JSON")).expect("the file can be written");
+    let ended = to_end(afterimage().args(["storm", "--beside"]).args([&file, &file]));
+    assert_eq!(ended.code(), 0, "{ended:?}");
+    let invalidations = cells[0]["invalidations"].to_string();
+    let row = ended.stdout.lines().find(|line| line.starts_with("invalidations")).expect("a row of them");
+    assert_eq!(row.matches(&invalidations).count(), 2, "{row}");
+}
+
+#[test]
+fn the_kernels_policies_are_not_ours_to_choose() {
+    let ended = to_end(afterimage().args(["storm", "--kernel", "--precheck", "off"]));
+    assert_eq!(ended.code(), 2, "{ended:?}");
+    let ended = to_end(afterimage().args(["storm", "--kernel", "--vcpus", "1000"]));
+    assert_eq!(ended.code(), 2, "{ended:?}");
+    assert!(ended.stderr.contains("1 to 64 vCPUs"), "{ended:?}");
+}
