@@ -164,6 +164,10 @@ measured! {
         /// An invalidation from before its begin to after its end.
         #[serde(skip_serializing_if = "Option::is_none")]
         invalidation_ns: Option<Times>,
+        /// CPU time of an invalidation, its mean: what is left of it where threads outnumber CPUs. Of wide ones only, since it
+        /// takes time to read.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        invalidation_cpu_ns: Option<u64>,
         /// Waiting for `mmu_lock`, all threads together.
         #[serde(skip_serializing_if = "Option::is_none")]
         lock_wait_ns: Option<LockWait>,
@@ -201,6 +205,8 @@ measured! {
     Times {
         /// The median.
         median: u64,
+        /// The mean.
+        mean: u64,
         /// The longest.
         max: u64,
     }
@@ -260,8 +266,11 @@ impl Latency {
 impl Times {
     /// What a histogram of nanoseconds comes to; `None` if it is empty.
     pub fn of(histogram: &Histogram<u64>) -> Option<Self> {
-        (!histogram.is_empty())
-            .then(|| Self { median: histogram.value_at_quantile(0.5), max: histogram.max() })
+        (!histogram.is_empty()).then(|| Self {
+            median: histogram.value_at_quantile(0.5),
+            mean: histogram.mean().round() as u64,
+            max: histogram.max(),
+        })
     }
 }
 

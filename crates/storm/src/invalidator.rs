@@ -8,7 +8,7 @@ use afterimage_mmu::{
 };
 
 use crate::guest::{Choices, Shared, StormTables};
-use crate::platform::{Threads, keep_times, start_of_slice, take_times};
+use crate::platform::{Threads, cpu_ns, keep_times, start_of_slice, take_times};
 use crate::ram::{Ram, Spares};
 use crate::recording::{Event, Recording, What};
 use crate::scenario::{Order, Take};
@@ -17,10 +17,15 @@ use crate::windows::Windows;
 /// Pages that are moved in one invalidation, at most: a few make a wrong page seen, all would take longer than the zap.
 const MOVED: u64 = 16;
 
+/// Frames from which on an invalidation's CPU time is taken: reading it is as long as to zap some tens of frames.
+const WIDE: u64 = 4096;
+
 /// What one thread did.
 #[derive(Debug, Default)]
 pub(crate) struct Taken {
     pub(crate) invalidations: u64,
+    /// CPU time of those, where it is taken.
+    pub(crate) cpu_ns: Option<u64>,
     pub(crate) failure: Option<String>,
     pub(crate) recording: Recording,
 }
@@ -106,6 +111,7 @@ impl<'m, 'r> Invalidator<'m, 'r> {
         let shared = self.shared;
         self.windows.open(gfns);
         take_times();
+        let cpu_before = (gfns.len() >= WIDE).then(cpu_ns);
         let start_ns = Threads::now_ns();
         let hvas = Ram::hvas(gfns.start.as_u64(), gfns.len());
         let invalidation = shared.mmu.invalidate(hvas, Zap::Unmap, Blocking::Allowed);
@@ -115,6 +121,9 @@ impl<'m, 'r> Invalidator<'m, 'r> {
         let end_ns = Threads::now_ns();
         self.windows.close();
         self.taken.invalidations += 1;
+        if let Some(before) = cpu_before {
+            *self.taken.cpu_ns.get_or_insert(0) += cpu_ns() - before;
+        }
         Recording::sample(&mut self.taken.recording.invalidations, end_ns - start_ns);
         let from = |ns: u64| ns.saturating_sub(shared.started_ns);
         self.taken.recording.keep(|| Event {

@@ -31,11 +31,36 @@ thread_local! {
     /// The tick that this thread has given way to last.
     static SERVED: Cell<u64> = const { Cell::new(0) };
     /// When this thread gave way, where that is asked for.
-    static GAVE_WAY: RefCell<Option<Vec<u64>>> = const { RefCell::new(None) };
+    static GAVE_WAY: RefCell<Option<Thinned>> = const { RefCell::new(None) };
 }
 
-/// Times of giving way that are kept at most for one invalidation.
-const KEPT: usize = 4096;
+/// Times that are kept, evenly thinned out as they become many.
+#[derive(Debug, Default)]
+struct Thinned {
+    kept: Vec<u64>,
+    seen: u64,
+    /// One in `1 << thin` is kept.
+    thin: u32,
+}
+
+impl Thinned {
+    const MOST: usize = 1024;
+
+    fn push(&mut self, time: u64) {
+        if self.seen.trailing_zeros() >= self.thin {
+            self.kept.push(time);
+        }
+        self.seen += 1;
+        if self.kept.len() == Self::MOST {
+            let mut index = 0;
+            self.kept.retain(|_| {
+                index += 1;
+                index % 2 == 1
+            });
+            self.thin += 1;
+        }
+    }
+}
 
 /// The platform of a storm.
 #[derive(Clone, Copy, Debug, Default)]
@@ -71,9 +96,7 @@ impl Platform for Threads {
 
     fn reschedule() {
         GAVE_WAY.with_borrow_mut(|times| {
-            if let Some(times) = times
-                && times.len() < KEPT
-            {
+            if let Some(times) = times {
                 times.push(Linux::now_ns());
             }
         });
@@ -97,12 +120,13 @@ pub(crate) fn set_crowded(crowded: bool) {
 
 /// From here on this thread keeps the times at which it gives way.
 pub(crate) fn keep_times() {
-    GAVE_WAY.set(Some(Vec::new()));
+    GAVE_WAY.set(Some(Thinned::default()));
 }
 
-/// The times since the last call, in nanoseconds of the monotonic clock; none unless they are kept.
+/// The times since the last call, in nanoseconds of the monotonic clock, evenly thinned out where they are many; none
+/// unless they are kept.
 pub(crate) fn take_times() -> Vec<u64> {
-    GAVE_WAY.with_borrow_mut(|times| times.as_mut().map(core::mem::take).unwrap_or_default())
+    GAVE_WAY.with_borrow_mut(|times| times.as_mut().map(core::mem::take).unwrap_or_default().kept)
 }
 
 /// Forgets the ticks that this thread has not seen yet: it starts to run now.
@@ -122,4 +146,18 @@ pub(crate) fn tick(over: &AtomicBool) {
 pub(crate) fn cpu_ns() -> u64 {
     let now = clock_gettime(ClockId::ThreadCPUTime);
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Thinned;
+
+    #[test]
+    fn many_times_are_thinned_out_evenly() {
+        let mut times = Thinned::default();
+        (0..100_000).for_each(|time| times.push(time));
+        let apart = times.kept[1];
+        assert!(times.kept.len() >= Thinned::MOST / 2 && apart.is_power_of_two());
+        assert!(times.kept.iter().enumerate().all(|(index, time)| *time == index as u64 * apart));
+    }
 }

@@ -29,7 +29,7 @@ pub enum What {
     Invalidation {
         /// When its begin returned.
         begun_ns: u64,
-        /// When it gave the lock up, having flushed.
+        /// When it gave the lock up, having flushed; evenly thinned out where that was more than a thousand times.
         yields_ns: Vec<u64>,
     },
     /// A fault.

@@ -212,9 +212,10 @@ impl Storm {
             failures.extend(seen.failure);
             recording.merge(seen.recording);
         }
-        let mut invalidations = 0;
+        let (mut invalidations, mut cpu_ns) = (0, None);
         for taken in taken {
             invalidations += taken.invalidations;
+            cpu_ns = cpu_ns.max(taken.cpu_ns.and_then(|ns| ns.checked_div(taken.invalidations)));
             failures.extend(taken.failure);
             recording.merge(taken.recording);
         }
@@ -243,6 +244,7 @@ impl Storm {
             most_ends: Some(total.most_ends),
             wasted_fault_ins: Some(faults.wasted_fault_ins),
             invalidation_ns: Times::of(&recording.invalidations),
+            invalidation_cpu_ns: cpu_ns,
             lock_wait_ns: Some(LockWait { faults: faults.lock_wait_ns, invalidations: stats.lock_wait_ns }),
             doomed_lock_acquisitions: Some(match policies.witness {
                 Witness::Lock => retries.under_lock,

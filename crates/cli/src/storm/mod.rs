@@ -3,8 +3,11 @@
 mod kernel;
 mod options;
 mod output;
+mod report;
 mod table;
+mod trace;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -30,7 +33,8 @@ pub(crate) fn run(args: StormArgs) -> Result<ExitCode> {
     }
     let plan = args.plan()?;
     // Opened first: a storm whose result cannot be kept does not blow.
-    let json = plan.json.as_deref().map(Output::open).transpose()?;
+    let open = |path: &Option<PathBuf>| path.as_deref().map(Output::open).transpose();
+    let (json, trace, report) = (open(&plan.json)?, open(&plan.trace)?, open(&plan.report)?);
     let interrupted = interrupted()?;
     let bar = bar(plan.matrix.runs());
     let outcomes = plan.matrix.run(&interrupted, |done, storm| {
@@ -44,12 +48,31 @@ pub(crate) fn run(args: StormArgs) -> Result<ExitCode> {
     })?;
     bar.finish_and_clear();
     let cells: Vec<Cell> = outcomes.iter().map(|Outcome { cell, .. }| cell.clone()).collect();
-    let is_taken = json.as_ref().is_some_and(Output::is_standard);
+    let is_taken = [&json, &trace, &report].into_iter().flatten().any(Output::is_standard);
     if let Some(json) = json {
         json.write(&format!("{}\n", serde_json::to_string_pretty(&cells)?))?;
     }
+    if let Some(trace) = trace {
+        trace.write(&trace::trace(&outcomes).to_string())?;
+    }
+    if let Some(report) = report {
+        report.write(&report::page(&outcomes, &machine()))?;
+    }
     Output::show(&Table(&cells).to_string(), is_taken)?;
     Ok(if cells.iter().all(Cell::is_good) { ExitCode::SUCCESS } else { ExitCode::from(EXIT_WRONG) })
+}
+
+/// What was measured on, in a few words.
+fn machine() -> String {
+    let system = rustix::system::uname();
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    let load = load.split(' ').next().unwrap_or("?");
+    format!(
+        "afterimage {} on {cpus} CPUs, Linux {}, load average {load} at the end",
+        env!("CARGO_PKG_VERSION"),
+        system.release().to_string_lossy(),
+    )
 }
 
 /// A flag that SIGINT and SIGTERM raise.

@@ -69,14 +69,20 @@ pub(crate) struct StormArgs {
     #[arg(long)]
     no_baseline: bool,
     /// With a real guest on this host's KVM, and with its kernel's own invalidations, instead of with our engine
-    #[arg(long, conflicts_with_all = ["precheck", "yielding", "sequence", "witness", "after_retry", "shuffle"])]
+    #[arg(long, conflicts_with_all = ["precheck", "yielding", "sequence", "witness", "after_retry", "shuffle", "trace", "report"])]
     pub(super) kernel: bool,
     /// Set what `storm --kernel --json` wrote on several hosts beside each other, and run nothing
-    #[arg(long, value_name = "FILES", num_args = 1.., conflicts_with_all = ["kernel", "json"])]
+    #[arg(long, value_name = "FILES", num_args = 1.., conflicts_with_all = ["kernel", "json", "trace", "report"])]
     pub(super) beside: Vec<PathBuf>,
     /// Write the cells as JSON; "-" for standard output, and the table to standard error then
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Write the first events of each cell's first run as a trace that Chrome and Perfetto show
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
+    /// Write a page for people: one file of HTML that loads nothing
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
 }
 
 /// What the options come to.
@@ -84,6 +90,8 @@ pub(crate) struct StormArgs {
 pub(crate) struct StormPlan {
     pub(crate) matrix: Matrix,
     pub(crate) json: Option<PathBuf>,
+    pub(crate) trace: Option<PathBuf>,
+    pub(crate) report: Option<PathBuf>,
 }
 
 impl StormArgs {
@@ -111,7 +119,7 @@ impl StormArgs {
             storms.extend(policies.iter().map(|&policies| Storm { policies, ..storm }));
         }
         let matrix = Matrix { storms, repeat: self.repeat, shuffle: self.shuffle, seed: self.seed };
-        Ok(StormPlan { matrix, json: self.json })
+        Ok(StormPlan { matrix, json: self.json, trace: self.trace, report: self.report })
     }
 
     /// The same for the kernel that is running.

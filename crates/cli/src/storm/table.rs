@@ -27,6 +27,8 @@ const ROWS: &[Row] = &[
     ("invalidations", |m| Some(show_count(m.invalidations))),
     ("  median", |m| m.invalidation_ns.as_ref().map(|times| ns(times.median))),
     ("  longest", |m| m.invalidation_ns.as_ref().map(|times| ns(times.max))),
+    ("  mean", |m| m.invalidation_ns.as_ref().map(|times| ns(times.mean))),
+    ("  CPU time", |m| m.invalidation_cpu_ns.map(ns)),
     ("faults", |m| Some(show_count(m.faults))),
     ("retries/fault", |m| m.retries_per_fault.map(ratio)),
     ("  before fault-in", |m| {

@@ -1,0 +1,52 @@
+//! Events in the format that Chrome's and Perfetto's trace viewers read: one process for each cell, one line for each thread.
+
+use afterimage_storm::{Event, Load, Outcome, What};
+use serde_json::{Value, json};
+
+/// The events of all outcomes.
+pub(crate) fn trace(outcomes: &[Outcome]) -> Value {
+    let mut events = Vec::new();
+    for (process, outcome) in outcomes.iter().enumerate() {
+        let cell = &outcome.cell;
+        let load = match (cell.load, &cell.policies) {
+            (Load::Uncontended, _) => "uncontended".to_owned(),
+            (Load::Quiet, _) => "quiet".to_owned(),
+            (Load::Storm, Some(policies)) => policies.to_string(),
+            (Load::Storm, None) => cell.engine.to_string(),
+        };
+        let name = format!("{} {load}", cell.scenario);
+        events.push(json!({ "ph": "M", "name": "process_name", "pid": process, "args": { "name": name } }));
+        for event in &outcome.recording.events {
+            add(&mut events, process, event);
+        }
+    }
+    json!({ "traceEvents": events, "displayTimeUnit": "ns" })
+}
+
+fn add(events: &mut Vec<Value>, process: usize, event: &Event) {
+    // Microseconds, by the format.
+    let us = |ns: u64| ns as f64 / 1e3;
+    let slice = |name: &str, thread: &str, end_ns: u64, args: Value| {
+        json!({
+            "ph": "X", "name": name, "pid": process, "tid": thread,
+            "ts": us(event.start_ns), "dur": us(end_ns - event.start_ns), "args": args,
+        })
+    };
+    match &event.what {
+        What::Invalidation { begun_ns, yields_ns } => {
+            let thread = format!("invalidator {}", event.thread);
+            let args = json!({ "gfn": event.gfn, "frames": event.frames, "yields": yields_ns.len() });
+            events.push(slice("invalidation", &thread, event.end_ns, args));
+            events.push(slice("begin", &thread, *begun_ns, json!({})));
+            for at in yields_ns {
+                events.push(json!({
+                    "ph": "i", "name": "flush and yield", "pid": process, "tid": thread, "ts": us(*at), "s": "t",
+                }));
+            }
+        }
+        What::Fault { retries, inside } => {
+            let args = json!({ "gfn": event.gfn, "retries": retries, "inside": inside });
+            events.push(slice("fault", &format!("vCPU {}", event.thread), event.end_ns, args));
+        }
+    }
+}
