@@ -31,6 +31,7 @@
 //! `kvm_tdp_mmu_map`.
 
 use alloc::sync::Arc;
+use core::cell::Cell;
 use core::fmt;
 
 use crate::addr::{Gfn, GfnRange, Hva, HvaRange};
@@ -45,6 +46,7 @@ use crate::mmu_lock::{MmuReadGuard, Witness, sealed};
 use crate::mutation::{self, Mutation};
 use crate::platform::Platform;
 use crate::slots::{Memslot, SlotFlags, SlotSet, SlotState, SpaceId};
+use crate::turns::Retries;
 use crate::vcpu::{Requests, VcpuShared};
 
 /// Where on the path a fault was found to be doomed.
@@ -166,6 +168,11 @@ pub struct Vcpu<'m, S: SecondaryMmu> {
     cache: S::Cache,
     section: u32,
     near: usize,
+    retries: Retries,
+    /// Whether it ever enters the guest.
+    enters: Cell<bool>,
+    /// It claims a turn that it has had: the access is made in its next stay in the guest.
+    served: Cell<bool>,
 }
 
 impl<S: SecondaryMmu> fmt::Debug for Vcpu<'_, S> {
@@ -177,7 +184,16 @@ impl<S: SecondaryMmu> fmt::Debug for Vcpu<'_, S> {
 impl<S: SecondaryMmu> GuestMmu<S> {
     /// A new vCPU. Its number is the lowest that is free.
     pub fn vcpu(&self) -> Vcpu<'_, S> {
-        Vcpu { mmu: self, shared: self.vcpus.register(), cache: S::Cache::default(), section: 0, near: 0 }
+        Vcpu {
+            mmu: self,
+            shared: self.vcpus.register(),
+            cache: S::Cache::default(),
+            section: 0,
+            near: 0,
+            retries: Retries::default(),
+            enters: Cell::new(false),
+            served: Cell::new(false),
+        }
     }
 }
 
@@ -279,6 +295,7 @@ impl<'m, S: SecondaryMmu> Vcpu<'m, S> {
 
     /// Enters guest mode. `Err`: requests wait and must be served first; the vCPU is outside.
     pub fn enter_guest(&self) -> Result<(), Requests> {
+        self.enters.set(true);
         self.shared.enter_guest::<S::Platform>()
     }
 
@@ -290,6 +307,9 @@ impl<'m, S: SecondaryMmu> Vcpu<'m, S> {
     /// Leaves guest mode and hands out what was requested meanwhile.
     pub fn leave_guest(&self) -> Requests {
         self.shared.leave_guest::<S::Platform>();
+        if self.served.take() {
+            self.shared.claim.give_back();
+        }
         self.shared.take_requests()
     }
 
@@ -300,11 +320,34 @@ impl<'m, S: SecondaryMmu> Vcpu<'m, S> {
     {
         self.section = self.section.wrapping_add(1);
         let section = self.mmu.enter(&self.shared.reader, self.section);
-        let path = Path { mmu: self.mmu, shared: &self.shared, fault };
+        let turn_after = self.mmu.policy().turn_after;
+        let is_starved = turn_after.is_some_and(|times| self.retries.of(fault.space, fault.gfn) >= times);
+        let path = Path { mmu: self.mmu, shared: &self.shared, fault, is_starved };
         let result = path.walk(primary, section.slots(), &mut self.near, &mut self.cache);
         drop(section);
         self.shared.counters.count(&result);
+        if turn_after.is_some() {
+            self.count_retries(fault, &result);
+        }
         result
+    }
+
+    /// For a turn: how often this frame was held back, and whether its claim has done its service.
+    fn count_retries<E>(&mut self, fault: &Fault, result: &Result<FaultOutcome, E>) {
+        use RetryPoint::{AfterFaultIn, BeforeFaultIn, UnderLock};
+        match result {
+            Ok(FaultOutcome::Retry(Retry { point: BeforeFaultIn | AfterFaultIn | UnderLock, .. })) => {
+                self.retries.retried(fault.space, fault.gfn);
+            }
+            _ => {
+                let was_retried = self.retries.done(fault.space, fault.gfn);
+                if was_retried && self.enters.get() {
+                    self.served.set(true);
+                } else if was_retried {
+                    self.shared.claim.give_back();
+                }
+            }
+        }
     }
 }
 
@@ -313,6 +356,8 @@ struct Path<'a, S: SecondaryMmu> {
     mmu: &'a GuestMmu<S>,
     shared: &'a VcpuShared,
     fault: &'a Fault,
+    /// It was retried so often that it claims a turn.
+    is_starved: bool,
 }
 
 impl<'a, S: SecondaryMmu> Path<'a, S> {
@@ -359,6 +404,9 @@ impl<'a, S: SecondaryMmu> Path<'a, S> {
         }
 
         let block = slot.map_or(GfnRange::frame(gfn), |slot| secondary.block(slot, gfn));
+        if self.is_starved {
+            self.shared.claim.claim(block);
+        }
         let since = mmu.invalidations().snapshot_of(block);
         if primary.privacy(gfn) != fault.privacy {
             return Err(FaultError::WrongPrivacy { gfn, accessed: fault.privacy });
@@ -424,6 +472,10 @@ impl<'a, S: SecondaryMmu> Path<'a, S> {
     {
         match primary.fault_in(slot, self.fault, since, Patience::NoWait) {
             Err(FaultInError::WouldWait) => {
+                if self.is_starved {
+                    // A turn is for who can be served at once.
+                    self.shared.claim.give_back();
+                }
                 primary.fault_in(slot, self.fault, since, Patience::Interruptible)
             }
             other => other,

@@ -61,6 +61,8 @@ pub struct Policy {
     pub scope: SequenceScope,
     /// Which frames an active invalidation holds back.
     pub coverage: Coverage,
+    /// Retries of a frame after which its fault goes before the next invalidation that may block; `None`: never, KVM's way.
+    pub turn_after: Option<u32>,
     /// What a fault holds while it verifies and installs.
     pub witness: WitnessKind,
     /// Who pays for the order between a fault's announcements and those who look at them.
@@ -68,13 +70,14 @@ pub struct Policy {
 }
 
 impl Default for Policy {
-    /// Both checks, yielding on contention, one sequence, one hull, the lock: what a Linux with full preemption does today.
+    /// Both checks, yielding on contention, one sequence, one hull, no turns, the lock: what a Linux with full preemption does today.
     fn default() -> Self {
         Self {
             precheck: Precheck::all(),
             yielding: YieldPolicy::OnContention,
             scope: SequenceScope::Global,
             coverage: Coverage::Hull,
+            turn_after: None,
             witness: WitnessKind::Lock,
             barrier: Barrier::Symmetric,
         }

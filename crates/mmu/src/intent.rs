@@ -148,6 +148,28 @@ impl IntentWord {
         Self { word: AtomicU64::new(0), waiters: ParkWord::new(0) }
     }
 
+    /// Claims a turn for `block`, unless one is claimed already. See the module `turns`: no barrier, since nothing rests on it.
+    pub(crate) fn claim(&self, block: GfnRange) {
+        let now = self.word.load(Ordering::Relaxed);
+        if now & ACTIVE == 0 {
+            let next = (now & GENERATION).wrapping_add(ONE_GENERATION) | encode(block) | ACTIVE;
+            // Only its owner makes a quiet word active.
+            self.word.store(next, Ordering::Relaxed);
+        }
+    }
+
+    /// Gives a claim back.
+    pub(crate) fn give_back(&self) {
+        if let Some(seen) = self.announced() {
+            self.take_away(seen);
+        }
+    }
+
+    /// Takes a claim away, if it is still the same.
+    pub(crate) fn take_away(&self, seen: u64) {
+        let _ = self.word.compare_exchange(seen, seen & GENERATION, Ordering::Release, Ordering::Relaxed);
+    }
+
     #[inline]
     fn announce(&self, what: u64, barrier: Barrier) {
         let quiet = self.word.load(Ordering::Relaxed);

@@ -209,6 +209,7 @@ mod readers;
 mod slots;
 mod stats;
 mod sync;
+mod turns;
 mod vcpu;
 mod zap;
 

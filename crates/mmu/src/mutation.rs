@@ -103,6 +103,8 @@ pub enum Mutation {
     VerifyRelaxed,
     /// `begin` and `add_range` write count and bounds with relaxed stores.
     BeginRelaxed,
+    /// An invalidation lets nobody go first, however often they were retried.
+    NoTurns,
     /// A table is freed without waiting for those who walk.
     FreeWithoutQuiescence,
     /// A table is freed without the flush before (rule F3).

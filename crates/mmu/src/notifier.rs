@@ -6,11 +6,12 @@
 //! # Order inside a start
 //!
 //! 1. Count the event: memslots stay as they are from here to the end.
-//! 2. If a slot lies over the range, in any address space: take `mmu_lock`, `begin`, and `add_range` for each such slot.
-//! 3. Where faults announce intents instead of taking the lock: give up the lock, wait until nobody holds an intent for
+//! 2. Where faults that were retried too often have a turn: let those on these frames go first (module `turns`).
+//! 3. If a slot lies over the range, in any address space: take `mmu_lock`, `begin`, and `add_range` for each such slot.
+//! 4. Where faults announce intents instead of taking the lock: give up the lock, wait until nobody holds an intent for
 //!    frames of these ranges, take the lock again. Nobody else waits meanwhile.
-//! 4. Zap the ranges. The zap may give up the lock between two entries.
-//! 5. Flush, then give up the lock.
+//! 5. Zap the ranges. The zap may give up the lock between two entries.
+//! 6. Flush, then give up the lock.
 //!
 //! A range that touches no slot takes no lock at all.
 //!
@@ -58,6 +59,9 @@ impl<S: SecondaryMmu> GuestMmu<S> {
         let touched = ranges().map(|(_, gfns)| gfns).reduce(GfnRange::hull);
         let mut tracks = Tracks::default();
         if touched.is_some() {
+            if self.policy().turn_after.is_some() && blocking == Blocking::Allowed {
+                self.give_turns(|block| ranges().any(|(_, gfns)| gfns.overlaps(block)));
+            }
             let mut guard = self.write_timed();
             guard.begin();
             for (_, gfns) in ranges() {
@@ -80,6 +84,15 @@ impl<S: SecondaryMmu> GuestMmu<S> {
         }
         let touched = touched.unwrap_or(GfnRange::new(Gfn::new(0), Gfn::new(0)));
         Invalidation { mmu: self, touched, tracks, started_ns }
+    }
+
+    /// Lets those go first who starve on frames that `taken` names, unless an active invalidation holds them back anyway.
+    fn give_turns(&self, taken: impl Fn(GfnRange) -> bool) {
+        if mutation::active(Mutation::NoTurns) {
+            return;
+        }
+        let turns = self.vcpus.give_turns(|block| taken(block) && !self.invalidations().covers(block));
+        self.counters.turns.fetch_add(turns, Ordering::Relaxed);
     }
 
     /// Waits for the intents that `covers` names, and counts the wait, if there was one.

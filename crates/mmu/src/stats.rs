@@ -181,6 +181,8 @@ invalidation_counters! {
     drains,
     /// Nanoseconds of those waits together.
     drain_wait_ns,
+    /// Faults that had been retried too often and that an invalidation let go first.
+    turns,
 }
 
 impl InvalidationCounters {

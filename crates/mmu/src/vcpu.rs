@@ -28,6 +28,7 @@ use crate::platform::Platform;
 use crate::readers::{ReaderWord, wait_for_readers};
 use crate::stats::FaultCounters;
 use crate::sync::{AtomicU32, CachePadded, Ordering, Shared, fence};
+use crate::turns::let_go_first;
 
 bitflags::bitflags! {
     /// What a vCPU must do before it runs guest code again.
@@ -52,6 +53,8 @@ pub(crate) struct VcpuShared {
     pub(crate) id: usize,
     pub(crate) reader: CachePadded<ReaderWord>,
     pub(crate) intent: CachePadded<IntentWord>,
+    /// The frames that it claims the next turn for.
+    pub(crate) claim: CachePadded<IntentWord>,
     pub(crate) counters: CachePadded<FaultCounters>,
     handshake: CachePadded<Handshake>,
 }
@@ -68,6 +71,7 @@ impl VcpuShared {
             id,
             reader: CachePadded(ReaderWord::new()),
             intent: CachePadded(IntentWord::new()),
+            claim: CachePadded(IntentWord::new()),
             counters: CachePadded(FaultCounters::new()),
             handshake: CachePadded(Handshake { mode: AtomicU32::new(OUTSIDE), requests: AtomicU32::new(0) }),
         }
@@ -220,26 +224,45 @@ impl<P: Platform> VcpuWords<P> {
         }
         let mut waited = Waited::No;
         if !mutation::active(Mutation::BeginWithoutDrain) {
-            self.wait_for_each(|word| word.named(&covers), || waited = Waited::Yes);
+            self.for_each_announced(
+                |vcpu| vcpu.intent.named(&covers),
+                |vcpu, seen| {
+                    waited = Waited::Yes;
+                    vcpu.intent.wait_out::<P>(seen, self.barriers);
+                },
+            );
         }
         waited
     }
 
-    /// Waits, for each vCPU in turn, until its word is no longer what `look` finds there. Nothing is locked and nothing
-    /// allocated meanwhile: vCPUs may come and go. Who comes announces behind the caller's barrier, and need not be looked at.
-    fn wait_for_each(&self, look: impl Fn(&IntentWord) -> Option<u64>, mut before: impl FnMut()) {
+    /// Lets every vCPU go first that claims a turn for frames which `due` says yes to; how many went.
+    pub(crate) fn give_turns(&self, due: impl Fn(GfnRange) -> bool) -> u64 {
+        let mut given = 0;
+        self.for_each_announced(
+            |vcpu| vcpu.claim.named(&due),
+            |vcpu, seen| given += u64::from(let_go_first::<P>(&vcpu.claim, seen)),
+        );
+        given
+    }
+
+    /// Waits, for each vCPU in turn, for what `look` finds there. Nothing is locked and nothing allocated meanwhile: vCPUs may
+    /// come and go. Who comes announces behind the caller's barrier, and need not be looked at.
+    fn for_each_announced(
+        &self,
+        look: impl Fn(&VcpuShared) -> Option<u64>,
+        mut wait: impl FnMut(&VcpuShared, u64),
+    ) {
         let mut next = 0;
         loop {
             let found = {
                 let words = self.words.read();
                 let from = words.iter().filter(|vcpu| vcpu.id >= next);
-                let waiting = from.filter_map(|vcpu| Some((vcpu, look(&vcpu.intent)?)));
+                let waiting = from.filter_map(|vcpu| Some((vcpu, look(vcpu)?)));
                 waiting.min_by_key(|(vcpu, _)| vcpu.id).map(|(vcpu, seen)| (Arc::clone(vcpu), seen))
             };
             let Some((vcpu, seen)) = found else { return };
-            before();
-            vcpu.intent.wait_out::<P>(seen, self.barriers);
-            // In the order of their numbers, each once: doomed announcements that follow are none of the caller's business.
+            wait(&vcpu, seen);
+            // In the order of their numbers, each once: what they announce next is none of the caller's business.
             next = vcpu.id + 1;
         }
     }
@@ -256,7 +279,10 @@ impl<P: Platform> VcpuWords<P> {
             return;
         }
         self.barriers.announce.heavy::<P>();
-        self.wait_for_each(IntentWord::announced, || {});
+        self.for_each_announced(
+            |vcpu| vcpu.intent.announced(),
+            |vcpu, seen| vcpu.intent.wait_out::<P>(seen, self.barriers),
+        );
         for visitor in &self.visitors {
             if let Some(seen) = visitor.intent.announced() {
                 visitor.intent.wait_out::<P>(seen, self.barriers);

@@ -19,7 +19,9 @@ use afterimage_mmu::mutation::{self, Mutation};
 
 use support::machine::with_witness;
 
-use scenarios::{fault, intents, invalidation, memslots, pages, precheck, stress, waiting, words, yielding};
+use scenarios::{
+    fault, intents, invalidation, memslots, pages, precheck, stress, turns, waiting, words, yielding,
+};
 
 /// A mutation is switched on for the whole process.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
@@ -102,6 +104,9 @@ rules! {
         fault::a_release_overtakes_a_fault;
     an_invalidation_waits_for_intents: BeginWithoutDrain is noticed by
         intents::an_invalidation_waits_parked_for_an_install_of_its_frames;
+    the_starved_have_a_turn: NoTurns is noticed by
+        turns::the_starved_goes_before_the_next_invalidation,
+        turns::a_turn_lasts_until_the_guest_has_made_its_access;
     guests_notice_an_unchecked_install: VerifyAlwaysFresh is noticed by
         stress::nor_where_nothing_is_checked_without_the_lock;
     guests_notice_a_forgotten_frame: ZapForgetsLastFrame is noticed by

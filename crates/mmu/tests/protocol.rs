@@ -115,6 +115,14 @@ tests! {
         guests_never_read_a_page_that_is_gone,
         nor_where_nothing_is_checked_without_the_lock,
     }
+    turns {
+        the_starved_goes_before_the_next_invalidation,
+        a_turn_lasts_until_the_guest_has_made_its_access,
+        a_turn_that_nobody_takes_is_taken_away,
+        who_may_not_block_lets_nobody_go_first,
+        inside_an_invalidation_nobody_is_let_go_first,
+        a_page_that_needs_io_has_no_turn,
+    }
     waiting {
         without_an_invalidation_nobody_waits,
         a_waiter_sleeps_until_its_own_invalidation_ends,

@@ -136,6 +136,12 @@ fn an_intent_against_an_invalidation() {
     a_fault_and_an_invalidation(Machine::with_intents());
 }
 
+/// Turns are fairness: with them nothing hangs, and nothing is stale.
+fn a_turn_against_invalidations() {
+    let policy = Policy { precheck: Precheck::empty(), turn_after: Some(0), ..Policy::default() };
+    a_fault_and_an_invalidation(Machine::with(policy));
+}
+
 fn a_fault_and_an_invalidation(machine: Arc<Machine>) {
     let other = Arc::clone(&machine);
     let vcpu = thread::spawn(move || other.fault());
@@ -235,6 +241,11 @@ fn loom_no_stale_entry_survives_in_the_engine() {
 fn loom_no_stale_entry_survives_in_the_engine_without_the_lock() {
     holds("handle_fault with an intent, invalidate", 3, an_intent_against_an_invalidation);
     holds("handle_fault with an intent, release", 3, an_intent_against_a_release);
+}
+
+#[test]
+fn loom_nothing_rests_on_a_turn() {
+    holds("handle_fault that claims a turn, invalidate", 3, a_turn_against_invalidations);
 }
 
 #[test]

@@ -9,6 +9,7 @@ pub(crate) mod memslots;
 pub(crate) mod pages;
 pub(crate) mod precheck;
 pub(crate) mod stress;
+pub(crate) mod turns;
 pub(crate) mod waiting;
 pub(crate) mod words;
 pub(crate) mod yielding;

@@ -99,6 +99,7 @@ pub(crate) fn both() -> Policy {
         yielding: YieldPolicy::Never,
         scope: SequenceScope::Global,
         coverage: Coverage::Hull,
+        turn_after: None,
         witness: WITNESS.get(),
         barrier: Barrier::Symmetric,
     }

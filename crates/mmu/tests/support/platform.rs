@@ -23,6 +23,7 @@ fn bucket(word: &ParkWord) -> &'static (Mutex<()>, Condvar) {
 thread_local! {
     static RESCHED: Cell<bool> = const { Cell::new(false) };
     static RESCHEDULE: RefCell<Option<Box<dyn FnMut()>>> = const { RefCell::new(None) };
+    static RELAX: RefCell<Option<Box<dyn FnOnce()>>> = const { RefCell::new(None) };
     static PARKS: RefCell<Option<Arc<Parks>>> = const { RefCell::new(None) };
 }
 
@@ -36,6 +37,16 @@ pub(crate) fn want_resched(meanwhile: impl FnMut() + 'static) {
 pub(crate) fn forget_resched() {
     RESCHED.set(false);
     RESCHEDULE.set(None);
+}
+
+/// Runs `meanwhile` the next time that this thread spins.
+pub(crate) fn when_spinning(meanwhile: impl FnOnce() + 'static) {
+    RELAX.set(Some(Box::new(meanwhile)));
+}
+
+/// Forgets what was to run when this thread spins; whether it still was.
+pub(crate) fn never_spun() -> bool {
+    RELAX.take().is_some()
 }
 
 /// `parks` counts from here on how often this thread parks.
@@ -63,7 +74,10 @@ impl Platform for Threads {
     }
 
     fn relax() {
-        std::thread::yield_now();
+        match RELAX.take() {
+            Some(meanwhile) => meanwhile(),
+            None => std::thread::yield_now(),
+        }
     }
 
     fn resched_wanted() -> bool {

@@ -1,0 +1,124 @@
+//! A turn for the starved: a fault that was retried too often goes before the next invalidation of its frames.
+//!
+//! # Why
+//!
+//! A vCPU inside a stream of invalidations may find its frame covered each time that it comes back: each end is followed by
+//! the next begin before the vCPU is there. KVM has no remedy (its specification: forward progress, point 4).
+//!
+//! # How
+//!
+//! A vCPU counts the retries of the frames that it faulted on last. When one has been retried
+//! [`Policy::turn_after`](crate::Policy) times, the vCPU claims the next turn in a word of its own. An invalidation that may
+//! block looks for claims on its frames before it begins, and lets each go first, if it can: if an active invalidation
+//! covers the claimed frames, no turn is of use, and nobody waits. The claim is given back when the access was made: a
+//! vCPU that enters the guest gives it back when it leaves it for the first time after the fault was served, one that never
+//! does (who serves others' faults) at once.
+//!
+//! # What it must not do
+//!
+//! Hang. Who claims may need something that the invalidator holds: a primary MMU that makes room while it faults a page in
+//! starts invalidations, two of them may claim what the other takes away, and invalidations nest. So a turn is bounded: after
+//! a while the invalidation takes the claim away and begins. A claim is also withdrawn before a page is read from afar, and an
+//! invalidation that may not block never looks. Nothing rests on it: turns are fairness, never safety.
+
+use crate::addr::Gfn;
+use crate::intent::IntentWord;
+use crate::platform::Platform;
+use crate::slots::SpaceId;
+
+/// Looks at a claim before it is taken away: a few hundred microseconds where [`Platform::relax`] takes some tens of
+/// nanoseconds.
+#[cfg(not(loom))]
+const PATIENCE: u32 = 1 << 14;
+/// One look is enough to show that nothing rests on it.
+#[cfg(loom)]
+const PATIENCE: u32 = 1;
+/// Looks after which the CPU is given away, in case the vCPU needs this one.
+const RESCHEDULE_EVERY: u32 = 64;
+
+/// Frames whose retries a vCPU counts at a time.
+const REMEMBERED: usize = 4;
+
+/// How often the frames that a vCPU faulted on last had to be retried.
+#[derive(Debug, Default)]
+pub(crate) struct Retries {
+    frames: [Option<Retried>; REMEMBERED],
+    oldest: usize,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Retried {
+    space: SpaceId,
+    gfn: Gfn,
+    times: u32,
+}
+
+impl Retries {
+    fn find(&mut self, space: SpaceId, gfn: Gfn) -> Option<&mut Option<Retried>> {
+        let same = |frame: &Option<Retried>| frame.is_some_and(|it| it.space == space && it.gfn == gfn);
+        self.frames.iter_mut().find(|frame| same(frame))
+    }
+
+    /// How often this frame was retried in a row.
+    pub(crate) fn of(&mut self, space: SpaceId, gfn: Gfn) -> u32 {
+        self.find(space, gfn).and_then(|frame| *frame).map_or(0, |frame| frame.times)
+    }
+
+    /// It was retried once more.
+    pub(crate) fn retried(&mut self, space: SpaceId, gfn: Gfn) {
+        let times = self.of(space, gfn).saturating_add(1);
+        let place = match self.find(space, gfn) {
+            Some(place) => place,
+            None => {
+                let place = self.oldest;
+                self.oldest = (place + 1) % REMEMBERED;
+                &mut self.frames[place]
+            }
+        };
+        *place = Some(Retried { space, gfn, times });
+    }
+
+    /// It was served, or given up. Whether it had been retried.
+    pub(crate) fn done(&mut self, space: SpaceId, gfn: Gfn) -> bool {
+        self.find(space, gfn).is_some_and(|place| place.take().is_some())
+    }
+}
+
+/// Lets the vCPU that claims `seen` go first, for a while. Whether it did.
+pub(crate) fn let_go_first<P: Platform>(claim: &IntentWord, seen: u64) -> bool {
+    for look in 1..=PATIENCE {
+        if claim.announced() != Some(seen) {
+            return true;
+        }
+        if look.is_multiple_of(RESCHEDULE_EVERY) {
+            P::reschedule();
+        } else {
+            P::relax();
+        }
+    }
+    claim.take_away(seen);
+    false
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn retries_are_counted_for_the_last_few_frames() {
+        let mut retries = Retries::default();
+        let space = SpaceId(0);
+        for _ in 0..3 {
+            for gfn in 0..4 {
+                retries.retried(space, Gfn::new(gfn));
+            }
+        }
+        assert_eq!([0, 1, 2, 3].map(|gfn| retries.of(space, Gfn::new(gfn))), [3; 4]);
+        assert_eq!(retries.of(SpaceId(1), Gfn::new(0)), 0, "another frame");
+        assert!(retries.done(space, Gfn::new(2)));
+        assert!(!retries.done(space, Gfn::new(2)));
+        assert_eq!(retries.of(space, Gfn::new(2)), 0);
+        retries.retried(space, Gfn::new(9));
+        assert_eq!(retries.of(space, Gfn::new(9)), 1, "in the place of the oldest");
+    }
+}

@@ -1,0 +1,108 @@
+//! A turn for the starved: who goes before the next invalidation, and when nobody does.
+//!
+//! One thread plays both: what a vCPU does while an invalidation lets it go first runs when the invalidation spins.
+
+use afterimage_mmu::{Access, Blocking, FaultInError, FaultOutcome, Policy, RetryPoint, Zap};
+
+use crate::support::frames::Frames;
+use crate::support::hooks::Point;
+use crate::support::machine::{Guest, Machine, both};
+use crate::support::platform::{never_spun, when_spinning};
+use crate::support::table::Entry;
+
+const AFTER: u32 = 2;
+
+fn machine() -> &'static Machine {
+    Box::leak(Box::new(Machine::new(Policy { turn_after: Some(AFTER), ..both() })))
+}
+
+/// A vCPU that was retried so often that it claims a turn for frame 3.
+fn starved(machine: &'static Machine) -> Guest<'static> {
+    let mut guest = machine.guest();
+    let invalidation = machine.invalidate(3, 4);
+    for _ in 0..=AFTER {
+        assert_eq!(guest.retry_point(3), RetryPoint::BeforeFaultIn);
+    }
+    drop(invalidation);
+    guest
+}
+
+pub(crate) fn the_starved_goes_before_the_next_invalidation() {
+    let machine = machine();
+    let mut guest = starved(machine);
+    when_spinning(move || {
+        assert_eq!(guest.fault(3, Access::READ), Ok(FaultOutcome::Fixed));
+        assert!(matches!(machine.entry(3), Entry::Leaf { .. }));
+    });
+    let invalidation = machine.invalidate(0, 8);
+    assert!(!never_spun(), "nobody was let go first");
+    assert_eq!(machine.entry(3), Entry::Absent, "and zapped after that");
+    drop(invalidation);
+    assert_eq!(machine.mmu.invalidation_stats().turns, 1);
+    when_spinning(|| panic!("it was served: nobody starves"));
+    drop(machine.invalidate(3, 4));
+    assert!(never_spun());
+}
+
+/// An install that is zapped before the guest has used it was no service. And a stay in the guest that only ends in the same
+/// fault again is no use of it.
+pub(crate) fn a_turn_lasts_until_the_guest_has_made_its_access() {
+    let machine = machine();
+    let mut guest = starved(machine);
+    guest.enter();
+    assert!(guest.vcpu.leave_guest().is_empty());
+    when_spinning(move || {
+        assert_eq!(guest.fault(3, Access::READ), Ok(FaultOutcome::Fixed));
+        when_spinning(move || {
+            guest.read(3, 3);
+        });
+    });
+    drop(machine.invalidate(3, 4));
+    assert!(!never_spun(), "it began when the fault was served, before the access");
+    assert_eq!(machine.mmu.invalidation_stats().turns, 1);
+}
+
+pub(crate) fn a_turn_that_nobody_takes_is_taken_away() {
+    let machine = machine();
+    let mut guest = starved(machine);
+    // It spins for a while, and begins.
+    drop(machine.invalidate(3, 4));
+    assert_eq!(machine.mmu.invalidation_stats().turns, 0);
+    when_spinning(|| panic!("the claim was taken away"));
+    drop(machine.invalidate(3, 4));
+    assert!(never_spun());
+    guest.read(3, 3);
+}
+
+pub(crate) fn who_may_not_block_lets_nobody_go_first() {
+    let machine = machine();
+    let _guest = starved(machine);
+    when_spinning(|| panic!("it may not block"));
+    drop(machine.mmu.invalidate(Frames::hvas(3, 4), Zap::Unmap, Blocking::Forbidden));
+    assert!(never_spun());
+}
+
+/// While another invalidation covers the frame a turn is of no use, and the thread that nests them would wait for itself.
+pub(crate) fn inside_an_invalidation_nobody_is_let_go_first() {
+    let machine = machine();
+    let _guest = starved(machine);
+    let outer = machine.mmu.invalidate(Frames::hvas(3, 4), Zap::Unmap, Blocking::Forbidden);
+    when_spinning(|| panic!("it is covered"));
+    drop(machine.invalidate(3, 4));
+    drop(machine.invalidate(40, 41));
+    assert!(never_spun());
+    drop(outer);
+}
+
+/// A page that has to be read first would make the invalidation wait for I/O.
+pub(crate) fn a_page_that_needs_io_has_no_turn() {
+    let machine = machine();
+    let mut guest = starved(machine);
+    machine.frames.answer_with([FaultInError::WouldWait]);
+    machine.frames.hooks.once(Point::FaultedIn, move || {
+        when_spinning(|| panic!("it is reading"));
+        drop(machine.invalidate(3, 4));
+        assert!(never_spun());
+    });
+    assert!(matches!(guest.fault(3, Access::READ), Ok(FaultOutcome::Retry(_))));
+}
