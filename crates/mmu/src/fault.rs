@@ -30,11 +30,7 @@
 //! Source: Linux `kvm_tdp_page_fault`, `direct_page_fault`, `kvm_mmu_faultin_pfn`, `is_page_fault_stale`,
 //! `kvm_tdp_mmu_map`.
 
-use alloc::sync::Arc;
-use core::cell::Cell;
-use core::fmt;
-
-use crate::addr::{Gfn, GfnRange, Hva, HvaRange};
+use crate::addr::GfnRange;
 use crate::guest_mmu::{GuestMmu, Precheck, WitnessKind};
 use crate::host::{
     CachedMmio, FastFault, Fault, FaultInError, FaultKind, Found, Mapped, PageRef, PageUse, Patience,
@@ -44,167 +40,10 @@ use crate::intent::{Intent, Walker};
 use crate::invalidation::{Invalidations, Snapshot};
 use crate::mmu_lock::{MmuReadGuard, Witness, sealed};
 use crate::mutation::{self, Mutation};
+use crate::outcome::{Emulate, FaultError, FaultOutcome, FaultResult, RetryPoint, retry};
 use crate::platform::Platform;
-use crate::slots::{Memslot, SlotFlags, SlotSet, SlotState, SpaceId};
-use crate::turns::Retries;
-use crate::vcpu::{Requests, VcpuShared};
-
-/// Where on the path a fault was found to be doomed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(usize)]
-pub enum RetryPoint {
-    /// By the hint, before the page was faulted in: nothing was wasted.
-    BeforeFaultIn = 0,
-    /// By the hint, after the page was faulted in.
-    AfterFaultIn,
-    /// By the check that counts.
-    UnderLock,
-    /// Another thread changed the same entry at the same time.
-    LostRace,
-    /// The slot is being deleted or moved.
-    SlotChanging,
-}
-
-impl RetryPoint {
-    /// How many points there are.
-    pub const COUNT: usize = 5;
-
-    /// All points, in the order of the path.
-    pub const ALL: [Self; Self::COUNT] =
-        [Self::BeforeFaultIn, Self::AfterFaultIn, Self::UnderLock, Self::LostRace, Self::SlotChanging];
-}
-
-/// Nothing was installed: the guest touches the page again, or the caller waits first.
-#[must_use = "the guest has not got its page"]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Retry {
-    /// Where it was found.
-    pub point: RetryPoint,
-    /// What would have been installed: what to [`wait`](crate::GuestMmu::wait) for.
-    pub range: GfnRange,
-}
-
-/// Why an access is to be emulated.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Emulate {
-    /// No memslot: a device.
-    Mmio,
-    /// A write to read-only memory.
-    ReadOnly,
-}
-
-/// What became of a fault.
-#[must_use = "a retry must be retried, an emulation emulated"]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum FaultOutcome {
-    /// The translation is installed.
-    Fixed,
-    /// A present translation got the permission that was missing, without the lock.
-    FixedFast,
-    /// The translation was there already.
-    Spurious,
-    /// Nothing was installed.
-    Retry(Retry),
-    /// The access is for the emulator.
-    Emulate(Emulate),
-    /// The frame is write-tracked: unprotect and retry, or emulate.
-    WriteProtected,
-}
-
-/// A fault that retrying does not help. `E` is the primary MMU's error, `M` the secondary's.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum FaultError<E: fmt::Debug + fmt::Display, M: fmt::Debug + fmt::Display> {
-    /// The virtual machine was released.
-    #[error("guest frame {0} was touched after the virtual machine was released")]
-    Released(Gfn),
-    /// No memory for tables or for the page.
-    #[error("there is no memory to map guest frame {0}")]
-    NoMemory(Gfn),
-    /// A signal came while the page was being resolved.
-    #[error("a signal interrupted the fault of guest frame {0}")]
-    Interrupted(Gfn),
-    /// A prefetch met a slot that is being deleted or moved.
-    #[error("the memslot of guest frame {0} is changing: prefetch it again later")]
-    SlotChanging(Gfn),
-    /// The access was to private memory that is shared, or the other way round, or to private memory of no slot.
-    #[error("guest frame {gfn} was accessed as {accessed:?} memory, which it is not")]
-    WrongPrivacy {
-        /// The frame.
-        gfn: Gfn,
-        /// How it was accessed.
-        accessed: Privacy,
-    },
-    /// The page's content is lost; poison is installed in its place.
-    #[error("the content of guest frame {gfn} is lost and it is poisoned: {cause}")]
-    Poisoned {
-        /// The frame.
-        gfn: Gfn,
-        /// Why.
-        cause: E,
-    },
-    /// The primary MMU has no such page.
-    #[error("guest frame {gfn} has no page: {cause}")]
-    NoPage {
-        /// The frame.
-        gfn: Gfn,
-        /// Why.
-        cause: E,
-    },
-    /// The translation cannot be installed.
-    #[error("guest frame {gfn} cannot be mapped: {cause}")]
-    CannotMap {
-        /// The frame.
-        gfn: Gfn,
-        /// Why.
-        cause: M,
-    },
-}
-
-/// One who raises faults: a vCPU, or a thread that serves the faults of several. One fault at a time.
-pub struct Vcpu<'m, S: SecondaryMmu> {
-    mmu: &'m GuestMmu<S>,
-    shared: Arc<VcpuShared>,
-    cache: S::Cache,
-    section: u32,
-    near: usize,
-    retries: Retries,
-    /// Whether it ever enters the guest.
-    enters: Cell<bool>,
-    /// It claims a turn that it has had: the access is made in its next stay in the guest.
-    served: Cell<bool>,
-}
-
-impl<S: SecondaryMmu> fmt::Debug for Vcpu<'_, S> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Vcpu").field("id", &self.shared.id).finish_non_exhaustive()
-    }
-}
-
-impl<S: SecondaryMmu> GuestMmu<S> {
-    /// A new vCPU. Its number is the lowest that is free.
-    pub fn vcpu(&self) -> Vcpu<'_, S> {
-        Vcpu {
-            mmu: self,
-            shared: self.vcpus.register(),
-            cache: S::Cache::default(),
-            section: 0,
-            near: 0,
-            retries: Retries::default(),
-            enters: Cell::new(false),
-            served: Cell::new(false),
-        }
-    }
-}
-
-impl<S: SecondaryMmu> Drop for Vcpu<'_, S> {
-    fn drop(&mut self) {
-        self.shared.leave_guest::<S::Platform>();
-        let mut retired = self.mmu.retired.write();
-        self.mmu.vcpus.unregister(&self.shared);
-        self.shared.counters.add_to(&mut retired);
-    }
-}
+use crate::slots::{Memslot, SlotFlags, SlotSet, SlotState};
+use crate::vcpu_words::VcpuShared;
 
 /// The page of a fault: goes back unused unless told otherwise.
 struct HeldPage<R: PageRef>(Option<R>);
@@ -254,114 +93,18 @@ struct Install<'a, S: SecondaryMmu> {
     witness: Held<'a, S::Platform>,
 }
 
-type FaultResult<S, M> =
-    Result<FaultOutcome, FaultError<<M as PrimaryMmu>::Error, <S as SecondaryMmu>::Error>>;
-
-impl<'m, S: SecondaryMmu> Vcpu<'m, S> {
-    /// The virtual machine it belongs to.
-    pub fn mmu(&self) -> &'m GuestMmu<S> {
-        self.mmu
-    }
-
-    /// Its number, as [`SecondaryMmu::kick`] gets it.
-    pub fn id(&self) -> usize {
-        self.shared.id
-    }
-
-    /// The first guest frame, in any address space, that is backed at `hva`; `None` where no memslot is.
-    pub fn gfn_at(&mut self, hva: Hva) -> Option<(SpaceId, Gfn)> {
-        self.section = self.section.wrapping_add(1);
-        let section = self.mmu.enter(&self.shared.reader, self.section);
-        let byte = HvaRange::from_len(hva, 1)?;
-        section.slots().touching(byte).map(|(slot, gfns)| (slot.space, gfns.start)).min()
-    }
-
-    /// Announces that `block` is about to be installed, where an install is not made by
-    /// [`handle_fault`](Self::handle_fault): the witness to verify with. Only under a policy of
-    /// [`WitnessKind::Intent`] do invalidations wait for it.
-    ///
-    /// # Panics
-    /// If the policy says `mmu_lock`.
-    #[inline]
-    pub fn announce(&mut self, block: GfnRange) -> Intent<'_, S::Platform> {
-        assert_eq!(self.mmu.policy().witness, WitnessKind::Intent, "invalidations would not wait for it");
-        announce(self.mmu, &self.shared, block)
-    }
-
-    /// The right to walk tables without a lock.
-    pub fn walker(&mut self) -> Walker<'_, S::Platform> {
-        Walker::new(&self.shared.intent, self.mmu.invalidations().machine(), self.mmu.vcpus.barriers())
-    }
-
-    /// Enters guest mode. `Err`: requests wait and must be served first; the vCPU is outside.
-    pub fn enter_guest(&self) -> Result<(), Requests> {
-        self.enters.set(true);
-        self.shared.enter_guest::<S::Platform>()
-    }
-
-    /// Whether someone wants this vCPU to leave the guest: for vCPUs in software, which nothing interrupts.
-    pub fn is_kicked(&self) -> bool {
-        self.shared.is_kicked()
-    }
-
-    /// Leaves guest mode and hands out what was requested meanwhile.
-    pub fn leave_guest(&self) -> Requests {
-        self.shared.leave_guest::<S::Platform>();
-        if self.served.take() {
-            self.shared.claim.give_back();
-        }
-        self.shared.take_requests()
-    }
-
-    /// Serves one fault, once. See the module documentation for what each outcome asks of the caller.
-    pub fn handle_fault<M>(&mut self, primary: &M, fault: &Fault) -> FaultResult<S, M>
-    where
-        M: PrimaryMmu<Page = S::Page>,
-    {
-        self.section = self.section.wrapping_add(1);
-        let section = self.mmu.enter(&self.shared.reader, self.section);
-        let turn_after = self.mmu.policy().turn_after;
-        let is_starved = turn_after.is_some_and(|times| self.retries.of(fault.space, fault.gfn) >= times);
-        let path = Path { mmu: self.mmu, shared: &self.shared, fault, is_starved };
-        let result = path.walk(primary, section.slots(), &mut self.near, &mut self.cache);
-        drop(section);
-        self.shared.counters.count(&result);
-        if turn_after.is_some() {
-            self.count_retries(fault, &result);
-        }
-        result
-    }
-
-    /// For a turn: how often this frame was held back, and whether its claim has done its service.
-    fn count_retries<E>(&mut self, fault: &Fault, result: &Result<FaultOutcome, E>) {
-        use RetryPoint::{AfterFaultIn, BeforeFaultIn, UnderLock};
-        match result {
-            Ok(FaultOutcome::Retry(Retry { point: BeforeFaultIn | AfterFaultIn | UnderLock, .. })) => {
-                self.retries.retried(fault.space, fault.gfn);
-            }
-            _ => {
-                let was_retried = self.retries.done(fault.space, fault.gfn);
-                if was_retried && self.enters.get() {
-                    self.served.set(true);
-                } else if was_retried {
-                    self.shared.claim.give_back();
-                }
-            }
-        }
-    }
-}
-
 /// One fault on its way.
-struct Path<'a, S: SecondaryMmu> {
-    mmu: &'a GuestMmu<S>,
-    shared: &'a VcpuShared,
-    fault: &'a Fault,
+pub(crate) struct Path<'a, S: SecondaryMmu> {
+    pub(crate) mmu: &'a GuestMmu<S>,
+    pub(crate) shared: &'a VcpuShared,
+    pub(crate) fault: &'a Fault,
     /// It was retried so often that it claims a turn.
-    is_starved: bool,
+    pub(crate) is_starved: bool,
 }
 
 impl<'a, S: SecondaryMmu> Path<'a, S> {
-    fn walk<M>(
+    /// From the slot to the installed translation.
+    pub(crate) fn walk<M>(
         &self,
         primary: &M,
         slots: &SlotSet,
@@ -483,15 +226,14 @@ impl<'a, S: SecondaryMmu> Path<'a, S> {
     }
 
     fn walker(&self) -> Walker<'a, S::Platform> {
-        let machine = self.mmu.invalidations().machine();
-        Walker::new(&self.shared.intent, machine, self.mmu.vcpus.barriers())
+        self.mmu.walker(self.shared)
     }
 
     /// What the verdict on `block` will rest on.
     fn witness(&self, block: GfnRange) -> Held<'a, S::Platform> {
         match self.mmu.policy().witness {
             WitnessKind::Lock => Held::Lock(self.read_lock()),
-            WitnessKind::Intent => Held::Intent(announce(self.mmu, self.shared, block)),
+            WitnessKind::Intent => Held::Intent(self.mmu.announce(self.shared, block)),
         }
     }
 
@@ -605,17 +347,4 @@ impl<'a, S: SecondaryMmu> Path<'a, S> {
         }
         Ok(FaultOutcome::Emulate(Emulate::Mmio))
     }
-}
-
-#[inline]
-fn announce<'a, S: SecondaryMmu>(
-    mmu: &'a GuestMmu<S>,
-    shared: &'a VcpuShared,
-    block: GfnRange,
-) -> Intent<'a, S::Platform> {
-    Intent::announce(&shared.intent, mmu.invalidations(), mmu.vcpus.barriers(), block)
-}
-
-fn retry(point: RetryPoint, range: GfnRange) -> FaultOutcome {
-    FaultOutcome::Retry(Retry { point, range })
 }

@@ -15,7 +15,7 @@ use crate::ranges::Coverage;
 use crate::slots::{Memslot, SlotError, SlotFlags, SlotId, SlotSet, SlotState, SpaceId};
 use crate::stats::{FaultStats, InvalidationCounters, InvalidationStats};
 use crate::sync::{AtomicPtr, AtomicU32, CachePadded, Ordering, ParkWord, Shared};
-use crate::vcpu::VcpuWords;
+use crate::vcpu_words::VcpuWords;
 use crate::zap::ZapWalk;
 
 bitflags::bitflags! {
@@ -45,7 +45,7 @@ pub enum YieldPolicy {
 pub enum WitnessKind {
     /// `mmu_lock`, held for read: KVM's way. One slow install anywhere holds up every invalidation everywhere.
     Lock,
-    /// An announced [`Intent`]: a fault takes no lock and writes no shared cache line, and holds up invalidations of its
+    /// An announced [`Intent`](crate::Intent): a fault takes no lock and writes no shared cache line, and holds up invalidations of its
     /// own frames only.
     Intent,
 }

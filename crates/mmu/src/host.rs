@@ -7,7 +7,7 @@ use crate::intent::{Walker, Walking};
 use crate::invalidation::{Fresh, MachineId, Snapshot};
 use crate::platform::Platform;
 use crate::slots::{Memslot, SpaceId};
-use crate::vcpu::VcpuWords;
+use crate::vcpu_words::VcpuWords;
 use crate::zap::{Retired, ZapWalk};
 
 bitflags::bitflags! {

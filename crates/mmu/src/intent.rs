@@ -45,11 +45,14 @@ use core::fmt;
 use core::marker::PhantomData;
 
 use crate::addr::{Gfn, GfnRange};
+use crate::guest_mmu::GuestMmu;
+use crate::host::SecondaryMmu;
 use crate::invalidation::{Invalidations, MachineId};
 use crate::mmu_lock::{Witness, sealed};
 use crate::mutation::{self, Mutation};
 use crate::platform::Platform;
 use crate::sync::{AtomicU64, Ordering, ParkWord, compiler_fence, fence};
+use crate::vcpu_words::VcpuShared;
 
 /// How an announcement is ordered before the look that follows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -286,6 +289,19 @@ impl<P: Platform> Witness for Intent<'_, P> {
     #[inline]
     fn invalidations(&self) -> &Invalidations {
         self.invalidations
+    }
+}
+
+impl<S: SecondaryMmu> GuestMmu<S> {
+    /// A vCPU announces that it will install `block`.
+    #[inline]
+    pub(crate) fn announce<'a>(&'a self, vcpu: &'a VcpuShared, block: GfnRange) -> Intent<'a, S::Platform> {
+        Intent::announce(&vcpu.intent, self.invalidations(), self.vcpus.barriers(), block)
+    }
+
+    /// The right of a vCPU to walk tables.
+    pub(crate) fn walker<'a>(&'a self, vcpu: &'a VcpuShared) -> Walker<'a, S::Platform> {
+        Walker::new(&vcpu.intent, self.invalidations().machine(), self.vcpus.barriers())
     }
 }
 

@@ -21,7 +21,7 @@
 //!   ├─ hint: doomed? ─────────► Retry(BeforeFaultIn)       │    (between two entries the zap may flush and give way)
 //!   ├─ fault the page in (may sleep, may do I/O)           │    unlock
 //!   ├─ hint: doomed? ─────────► Retry(AfterFaultIn)        ├─ changes the page, with the guard in its hand
-//!   ├─ witness: mmu_lock for read                          ├─ drop the guard
+//!   ├─ witness: mmu_lock for read, or an intent            ├─ drop the guard
 //!   ├─ verify: stale? ────────► Retry(UnderLock)           │    mmu_lock for write: sequence + 1, then count − 1
 //!   ├─ map: someone else? ────► Retry(LostRace)            │    unlock, wake who waits
 //!   └─ give the page back, then unlock                     ▼
@@ -35,15 +35,15 @@
 //!
 //! A verdict ("no invalidation covers this, and none has ended since the snapshot") is worth something only while
 //! something keeps it true. That something is a [`Witness`]: `mmu_lock`, held for read or for write, since invalidations
-//! change their words only with it held for write. [`Invalidations::verify`] takes one and gives [`Fresh`], which cannot
-//! outlive it, and only a `Fresh` makes [`SecondaryMmu::map`] install anything. [`Invalidations::hint`] takes none, and
+//! change their words only with it held for write; or an announced [`Intent`], which the invalidations of its frames wait for
+//! before they zap. [`Policy::witness`] chooses. [`Invalidations::verify`] takes a witness and gives [`Fresh`], which cannot outlive it, and only a `Fresh` makes [`SecondaryMmu::map`] install anything. [`Invalidations::hint`] takes none, and
 //! gives only a reason to retry. So the three mistakes that reviewers of the kernel look for do not compile:
 //!
 //! | mistake | why it does not compile |
 //! |---|---|
 //! | install on the strength of a hint | `map` takes a `Fresh`; a hint gives none |
 //! | look the page up before the sequence is sampled | [`PrimaryMmu::fault_in`] takes the [`Snapshot`] |
-//! | drop the lock between check and install | the `Fresh` borrows the witness |
+//! | drop the lock, or clear the intent, between check and install | the `Fresh` borrows the witness |
 //!
 //! # How to embed it
 //!
@@ -177,8 +177,8 @@
 //!
 //! # What it asks of the machine
 //!
-//! `alloc`, and 64-bit atomics. The engine allocates nothing while `mmu_lock` is held. On its way a fault writes no cache
-//! line of the engine's that another vCPU writes, but for that of `mmu_lock`.
+//! `alloc`, and 64-bit atomics. The engine allocates nothing while a witness is held. On its way a fault writes no cache
+//! line of the engine's that another vCPU writes, but for that of `mmu_lock`, and with intents not even that.
 //!
 //! `docs/protocol.md` in the repository has the states, the orderings and what differs from KVM; the feature `mutations`
 //! removes one rule at a time, for tests alone.
@@ -203,6 +203,7 @@ mod loom_tests;
 mod mmu_lock;
 pub mod mutation;
 mod notifier;
+mod outcome;
 mod platform;
 mod ranges;
 mod readers;
@@ -211,10 +212,10 @@ mod stats;
 mod sync;
 mod turns;
 mod vcpu;
+mod vcpu_words;
 mod zap;
 
 pub use addr::{FRAME_BYTES, FRAME_SHIFT, Gfn, GfnRange, Gpa, Hva, HvaRange, Level, PageSize, Pfn, PfnRange};
-pub use fault::{Emulate, FaultError, FaultOutcome, Retry, RetryPoint, Vcpu};
 pub use guest_mmu::{GuestMmu, Policy, Precheck, WitnessKind, YieldPolicy};
 pub use host::{
     Access, Age, Blocking, CachedMmio, FastFault, Fault, FaultInError, FaultKind, Found, Mapped, Notifier,
@@ -225,10 +226,12 @@ pub use invalidation::{Fresh, InvalidationError, Invalidations, MachineId, Seque
 pub use lock::RawMmuLock;
 pub use mmu_lock::{MmuLock, MmuReadGuard, MmuWriteGuard, Witness};
 pub use notifier::Invalidation;
+pub use outcome::{Emulate, FaultError, FaultOutcome, Retry, RetryPoint};
 pub use platform::{Platform, Spin};
 pub use ranges::Coverage;
 pub use slots::{MAX_SPACES, Memslot, SlotError, SlotFlags, SlotId, SlotSet, SlotState, SpaceId};
 pub use stats::{FaultStats, InvalidationStats};
 pub use sync::ParkWord;
-pub use vcpu::{Requests, VcpuWords};
+pub use vcpu::Vcpu;
+pub use vcpu_words::{Requests, VcpuWords};
 pub use zap::{Retired, Steps, Turn, Walk, ZapWalk, Zapped};

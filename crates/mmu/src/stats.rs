@@ -1,6 +1,6 @@
 //! Counters: each vCPU counts its own faults on its own cache line; invalidators share theirs.
 
-use crate::fault::{FaultOutcome, RetryPoint};
+use crate::outcome::{FaultOutcome, RetryPoint};
 use crate::sync::{AtomicU64, Ordering};
 
 /// A counter that only its owner changes, and anyone may read.

@@ -1,341 +1,154 @@
-//! What each vCPU owns, and the handshake by which it is made to flush its TLB.
-//!
-//! # States of a vCPU
-//!
-//! ```text
-//! Outside ──enter: store, full fence, look at requests──► InGuest ──kicked──► Exiting
-//!    ▲                                                       │                   │
-//!    └───────────────────────leave (wakes who waits)─────────┴───────────────────┘
-//! ```
-//!
-//! A requester sets a request bit, full fence, then looks at the mode. Either the vCPU sees the request before it
-//! runs guest code, or the requester sees it in the guest, marks it `Exiting`, kicks it, and waits until it has
-//! left. In both cases, when the requester goes on, the vCPU runs no guest code before it has served the request.
-//!
-//! The words also say what a vCPU is about to install and whether it walks tables: see the module `intent`. Who walks and is
-//! no vCPU (aging from outside, say) takes one of a few visitors' words.
-//!
-//! Source: Linux `kvm_make_all_cpus_request`, `kvm_request_needs_ipi`, `vcpu_enter_guest`.
+//! Who raises faults and runs guest code: the owner of one set of a vCPU's words.
 
 use alloc::sync::Arc;
-use alloc::vec::Vec;
+use core::cell::Cell;
 use core::fmt;
 
-use crate::addr::GfnRange;
-use crate::intent::{Barrier, Barriers, IntentWord, Waited};
-use crate::mutation::{self, Mutation};
-use crate::platform::Platform;
-use crate::readers::{ReaderWord, wait_for_readers};
-use crate::stats::FaultCounters;
-use crate::sync::{AtomicU32, CachePadded, Ordering, Shared, fence};
-use crate::turns::let_go_first;
+use crate::addr::{Gfn, GfnRange, Hva, HvaRange};
+use crate::fault::Path;
+use crate::guest_mmu::{GuestMmu, WitnessKind};
+use crate::host::{Fault, PrimaryMmu, SecondaryMmu};
+use crate::intent::{Intent, Walker};
+use crate::outcome::{FaultOutcome, FaultResult, Retry, RetryPoint};
+use crate::slots::SpaceId;
+use crate::turns::Retries;
+use crate::vcpu_words::{Requests, VcpuShared};
 
-bitflags::bitflags! {
-    /// What a vCPU must do before it runs guest code again.
-    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-    pub struct Requests: u32 {
-        /// Forget all cached translations.
-        const FLUSH_TLB = 1;
-        /// Drop roots that were invalidated, and load new ones.
-        const RELOAD_ROOTS = 2;
-        /// Just leave the guest.
-        const STOP = 4;
-    }
+/// One who raises faults: a vCPU, or a thread that serves the faults of several. One fault at a time.
+pub struct Vcpu<'m, S: SecondaryMmu> {
+    mmu: &'m GuestMmu<S>,
+    shared: Arc<VcpuShared>,
+    cache: S::Cache,
+    section: u32,
+    near: usize,
+    retries: Retries,
+    /// Whether it ever enters the guest.
+    enters: Cell<bool>,
+    /// It claims a turn that it has had: the access is made in its next stay in the guest.
+    served: Cell<bool>,
 }
 
-const OUTSIDE: u32 = 0;
-const IN_GUEST: u32 = 1;
-const EXITING: u32 = 2;
-
-/// The words of one vCPU. Only their owner writes `reader`, `intent` and `counters`; requesters write the handshake words.
-#[derive(Debug)]
-pub(crate) struct VcpuShared {
-    pub(crate) id: usize,
-    pub(crate) reader: CachePadded<ReaderWord>,
-    pub(crate) intent: CachePadded<IntentWord>,
-    /// The frames that it claims the next turn for.
-    pub(crate) claim: CachePadded<IntentWord>,
-    pub(crate) counters: CachePadded<FaultCounters>,
-    handshake: CachePadded<Handshake>,
-}
-
-#[derive(Debug)]
-struct Handshake {
-    mode: AtomicU32,
-    requests: AtomicU32,
-}
-
-impl VcpuShared {
-    pub(crate) fn new(id: usize) -> Self {
-        Self {
-            id,
-            reader: CachePadded(ReaderWord::new()),
-            intent: CachePadded(IntentWord::new()),
-            claim: CachePadded(IntentWord::new()),
-            counters: CachePadded(FaultCounters::new()),
-            handshake: CachePadded(Handshake { mode: AtomicU32::new(OUTSIDE), requests: AtomicU32::new(0) }),
-        }
-    }
-
-    /// Enters the guest, unless requests wait: those are handed out and the vCPU stays outside.
-    pub(crate) fn enter_guest<P: Platform>(&self) -> Result<(), Requests> {
-        // Release: a requester may wait for the last stay in the guest and find this one. What was done there comes
-        // before all the same.
-        let ordering = mutation::unless(Mutation::GuestEnterRelaxed, Ordering::Release);
-        self.handshake.mode.store(IN_GUEST, ordering);
-        if !mutation::active(Mutation::EnterWithoutFence) {
-            fence(Ordering::SeqCst);
-        }
-        if self.handshake.requests.load(Ordering::Relaxed) == 0 {
-            return Ok(());
-        }
-        self.leave_guest::<P>();
-        Err(self.take_requests())
-    }
-
-    /// Leaves the guest and lets whoever kicked go on.
-    pub(crate) fn leave_guest<P: Platform>(&self) {
-        let ordering = mutation::unless(Mutation::GuestLeaveRelaxed, Ordering::Release);
-        let mode = self.handshake.mode.swap(OUTSIDE, ordering);
-        if mode == EXITING && !mutation::active(Mutation::LeaveWithoutWake) {
-            P::wake_all(&self.handshake.mode);
-        }
-    }
-
-    /// Takes the requests that wait. They must be served before the guest is entered.
-    pub(crate) fn take_requests(&self) -> Requests {
-        // Acquire: what the requester changed before it asked is seen by whoever serves it.
-        Requests::from_bits_retain(self.handshake.requests.swap(0, Ordering::Acquire))
-    }
-
-    /// Whether the vCPU was kicked and should leave the guest (for vCPUs that are software).
-    pub(crate) fn is_kicked(&self) -> bool {
-        self.handshake.mode.load(Ordering::Relaxed) == EXITING
-    }
-
-    /// Sets request bits; returns whether the vCPU must be kicked, which this caller then does.
-    fn request(&self, requests: Requests) -> Kick {
-        self.handshake.requests.fetch_or(requests.bits(), Ordering::Release);
-        if !mutation::active(Mutation::RequestWithoutFence) {
-            fence(Ordering::SeqCst);
-        }
-        match self.handshake.mode.compare_exchange(IN_GUEST, EXITING, Ordering::Acquire, Ordering::Acquire) {
-            Ok(_) => Kick::Needed,
-            Err(_) => Kick::NotNeeded,
-        }
-    }
-
-    fn wait_until_left<P: Platform>(&self) {
-        if mutation::active(Mutation::KickWithoutAck) {
-            return;
-        }
-        for _ in 0..P::SPINS {
-            if self.handshake.mode.load(Ordering::Acquire) != EXITING {
-                return;
-            }
-            P::relax();
-        }
-        while self.handshake.mode.load(Ordering::Acquire) == EXITING {
-            P::wait(&self.handshake.mode, EXITING);
-        }
-    }
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Kick {
-    /// The vCPU is outside, or on its way out.
-    NotNeeded,
-    Needed,
-}
-
-/// How many threads that are no vCPU can walk tables without a lock at a time.
-#[cfg(not(loom))]
-const VISITORS: usize = 4;
-/// One is enough to show it.
-#[cfg(loom)]
-const VISITORS: usize = 1;
-
-/// The word of one who walks tables and is no vCPU.
-struct Visitor {
-    taken: AtomicU32,
-    intent: IntentWord,
-}
-
-/// The words of every vCPU of a virtual machine.
-pub struct VcpuWords<P: Platform> {
-    words: Shared<P, Vec<Arc<VcpuShared>>>,
-    visitors: [CachePadded<Visitor>; VISITORS],
-    barriers: Barriers,
-    flushes: CachePadded<crate::sync::AtomicU64>,
-}
-
-/// A visitor's word, until this is dropped.
-pub(crate) struct Visit<'v>(&'v Visitor);
-
-impl Visit<'_> {
-    pub(crate) fn word(&self) -> &IntentWord {
-        &self.0.intent
-    }
-}
-
-impl Drop for Visit<'_> {
-    fn drop(&mut self) {
-        // Release: the next visitor continues the generations where this one left them.
-        self.0.taken.store(0, Ordering::Release);
-    }
-}
-
-impl<P: Platform> fmt::Debug for VcpuWords<P> {
+impl<S: SecondaryMmu> fmt::Debug for Vcpu<'_, S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("VcpuWords").field("vcpus", &self.words.read().len()).finish()
+        f.debug_struct("Vcpu").field("id", &self.shared.id).finish_non_exhaustive()
     }
 }
 
-impl<P: Platform> VcpuWords<P> {
-    pub(crate) fn new(barrier: Barrier) -> Self {
-        let visitor = |_| Visitor { taken: AtomicU32::new(0), intent: IntentWord::new() };
-        Self {
-            words: Shared::new(Vec::new()),
-            visitors: core::array::from_fn(|index| CachePadded(visitor(index))),
-            barriers: Barriers::of::<P>(barrier),
-            flushes: CachePadded(crate::sync::AtomicU64::new(0)),
+impl<S: SecondaryMmu> GuestMmu<S> {
+    /// A new vCPU. Its number is the lowest that is free.
+    pub fn vcpu(&self) -> Vcpu<'_, S> {
+        Vcpu {
+            mmu: self,
+            shared: self.vcpus.register(),
+            cache: S::Cache::default(),
+            section: 0,
+            near: 0,
+            retries: Retries::default(),
+            enters: Cell::new(false),
+            served: Cell::new(false),
         }
     }
+}
 
-    #[inline]
-    pub(crate) fn barriers(&self) -> Barriers {
-        self.barriers
+impl<S: SecondaryMmu> Drop for Vcpu<'_, S> {
+    fn drop(&mut self) {
+        self.shared.leave_guest::<S::Platform>();
+        let mut retired = self.mmu.retired.write();
+        self.mmu.vcpus.unregister(&self.shared);
+        self.shared.counters.add_to(&mut retired);
+    }
+}
+
+impl<'m, S: SecondaryMmu> Vcpu<'m, S> {
+    /// The virtual machine it belongs to.
+    pub fn mmu(&self) -> &'m GuestMmu<S> {
+        self.mmu
     }
 
-    /// A word for a walk by who is no vCPU; `None` if all are taken.
-    pub(crate) fn visit(&self) -> Option<Visit<'_>> {
-        let free = |visitor: &&CachePadded<Visitor>| {
-            visitor.taken.compare_exchange(0, 1, Ordering::Acquire, Ordering::Relaxed).is_ok()
-        };
-        self.visitors.iter().find(free).map(|visitor| Visit(visitor))
+    /// Its number, as [`SecondaryMmu::kick`] gets it.
+    pub fn id(&self) -> usize {
+        self.shared.id
     }
 
-    /// Returns when nobody holds an intent that was announced before the call for frames that `covers` says yes to.
-    /// Whoever announces one later sees what the caller published before the call. Holds up nobody else: no lock of the
-    /// caller's may be needed by who installs.
-    pub(crate) fn drain(&self, covers: impl Fn(GfnRange) -> bool) -> Waited {
-        if !mutation::active(Mutation::DrainWithoutFence) {
-            self.barriers.announce.heavy::<P>();
-        }
-        let mut waited = Waited::No;
-        if !mutation::active(Mutation::BeginWithoutDrain) {
-            self.for_each_announced(
-                |vcpu| vcpu.intent.named(&covers),
-                |vcpu, seen| {
-                    waited = Waited::Yes;
-                    vcpu.intent.wait_out::<P>(seen, self.barriers);
-                },
-            );
-        }
-        waited
+    /// The first guest frame, in any address space, that is backed at `hva`; `None` where no memslot is.
+    pub fn gfn_at(&mut self, hva: Hva) -> Option<(SpaceId, Gfn)> {
+        self.section = self.section.wrapping_add(1);
+        let section = self.mmu.enter(&self.shared.reader, self.section);
+        let byte = HvaRange::from_len(hva, 1)?;
+        section.slots().touching(byte).map(|(slot, gfns)| (slot.space, gfns.start)).min()
     }
 
-    /// Lets every vCPU go first that claims a turn for frames which `due` says yes to; how many went.
-    pub(crate) fn give_turns(&self, due: impl Fn(GfnRange) -> bool) -> u64 {
-        let mut given = 0;
-        self.for_each_announced(
-            |vcpu| vcpu.claim.named(&due),
-            |vcpu, seen| given += u64::from(let_go_first::<P>(&vcpu.claim, seen)),
-        );
-        given
-    }
-
-    /// Waits, for each vCPU in turn, for what `look` finds there. Nothing is locked and nothing allocated meanwhile: vCPUs may
-    /// come and go. Who comes announces behind the caller's barrier, and need not be looked at.
-    fn for_each_announced(
-        &self,
-        look: impl Fn(&VcpuShared) -> Option<u64>,
-        mut wait: impl FnMut(&VcpuShared, u64),
-    ) {
-        let mut next = 0;
-        loop {
-            let found = {
-                let words = self.words.read();
-                let from = words.iter().filter(|vcpu| vcpu.id >= next);
-                let waiting = from.filter_map(|vcpu| Some((vcpu, look(vcpu)?)));
-                waiting.min_by_key(|(vcpu, _)| vcpu.id).map(|(vcpu, seen)| (Arc::clone(vcpu), seen))
-            };
-            let Some((vcpu, seen)) = found else { return };
-            wait(&vcpu, seen);
-            // In the order of their numbers, each once: what they announce next is none of the caller's business.
-            next = vcpu.id + 1;
-        }
-    }
-
-    /// Whether any vCPU has announced anything.
-    pub(crate) fn is_announced(&self) -> bool {
-        self.words.read().iter().any(|vcpu| vcpu.intent.announced().is_some())
-    }
-
-    /// Returns when nobody walks who could have found a table that was unlinked before the call; holders of `mmu_lock` and
-    /// those in the guest apart.
-    pub(crate) fn quiesce(&self) {
-        if mutation::active(Mutation::FreeWithoutQuiescence) {
-            return;
-        }
-        self.barriers.announce.heavy::<P>();
-        self.for_each_announced(
-            |vcpu| vcpu.intent.announced(),
-            |vcpu, seen| vcpu.intent.wait_out::<P>(seen, self.barriers),
-        );
-        for visitor in &self.visitors {
-            if let Some(seen) = visitor.intent.announced() {
-                visitor.intent.wait_out::<P>(seen, self.barriers);
-            }
-        }
-    }
-
-    pub(crate) fn register(&self) -> Arc<VcpuShared> {
-        let mut words = self.words.write();
-        let taken = |id: &usize| words.iter().any(|vcpu| vcpu.id == *id);
-        let id = (0..).find(|id| !taken(id)).expect("there are more numbers than vCPUs");
-        let vcpu = Arc::new(VcpuShared::new(id));
-        words.push(Arc::clone(&vcpu));
-        vcpu
-    }
-
-    pub(crate) fn unregister(&self, vcpu: &Arc<VcpuShared>) {
-        self.words.write().retain(|other| !Arc::ptr_eq(other, vcpu));
-    }
-
-    pub(crate) fn for_each(&self, mut visit: impl FnMut(&VcpuShared)) {
-        for vcpu in self.words.read().iter() {
-            visit(vcpu);
-        }
-    }
-
-    /// Waits for every read section that may still use a slot set that is published no more.
-    pub(crate) fn wait_for_readers(&self) {
-        let words: Vec<_> = self.words.read().clone();
-        wait_for_readers::<P>(words.iter().map(|vcpu| &vcpu.reader.0), self.barriers.announce);
-    }
-
-    /// Asks every vCPU, kicks those that are in the guest, and returns when all of those have left it.
+    /// Announces that `block` is about to be installed, where an install is not made by
+    /// [`handle_fault`](Self::handle_fault): the witness to verify with. Only under a policy of
+    /// [`WitnessKind::Intent`] do invalidations wait for it.
     ///
-    /// No vCPU can be made or dropped meanwhile. So the caller must not be in the guest itself, and a thread with a vCPU in
-    /// the guest must leave it before it makes or drops another.
-    pub fn request_and_wait(&self, requests: Requests, kick: impl Fn(usize)) {
-        self.flushes.fetch_add(u64::from(requests.contains(Requests::FLUSH_TLB)), Ordering::Relaxed);
-        let words = self.words.read();
-        for vcpu in words.iter() {
-            if vcpu.request(requests) == Kick::Needed {
-                kick(vcpu.id);
-            }
-        }
-        // Not a list of those that were kicked: flushes run under `mmu_lock`, where nothing allocates. One that was
-        // outside can be on its way out by now for someone else; that wait is as short.
-        for vcpu in words.iter() {
-            vcpu.wait_until_left::<P>();
-        }
+    /// # Panics
+    /// If the policy says `mmu_lock`.
+    #[inline]
+    pub fn announce(&mut self, block: GfnRange) -> Intent<'_, S::Platform> {
+        assert_eq!(self.mmu.policy().witness, WitnessKind::Intent, "invalidations would not wait for it");
+        self.mmu.announce(&self.shared, block)
     }
 
-    /// Remote TLB flushes that were requested of the vCPUs so far.
-    pub fn flushes_requested(&self) -> u64 {
-        self.flushes.load(Ordering::Relaxed)
+    /// The right to walk tables without a lock.
+    pub fn walker(&mut self) -> Walker<'_, S::Platform> {
+        self.mmu.walker(&self.shared)
+    }
+
+    /// Enters guest mode. `Err`: requests wait and must be served first; the vCPU is outside.
+    pub fn enter_guest(&self) -> Result<(), Requests> {
+        self.enters.set(true);
+        self.shared.enter_guest::<S::Platform>()
+    }
+
+    /// Whether someone wants this vCPU to leave the guest: for vCPUs in software, which nothing interrupts.
+    pub fn is_kicked(&self) -> bool {
+        self.shared.is_kicked()
+    }
+
+    /// Leaves guest mode and hands out what was requested meanwhile.
+    pub fn leave_guest(&self) -> Requests {
+        self.shared.leave_guest::<S::Platform>();
+        if self.served.take() {
+            self.shared.claim.give_back();
+        }
+        self.shared.take_requests()
+    }
+
+    /// Serves one fault, once. See the module documentation for what each outcome asks of the caller.
+    pub fn handle_fault<M>(&mut self, primary: &M, fault: &Fault) -> FaultResult<S, M>
+    where
+        M: PrimaryMmu<Page = S::Page>,
+    {
+        self.section = self.section.wrapping_add(1);
+        let section = self.mmu.enter(&self.shared.reader, self.section);
+        let turn_after = self.mmu.policy().turn_after;
+        let is_starved = turn_after.is_some_and(|times| self.retries.of(fault.space, fault.gfn) >= times);
+        let path = Path { mmu: self.mmu, shared: &self.shared, fault, is_starved };
+        let result = path.walk(primary, section.slots(), &mut self.near, &mut self.cache);
+        drop(section);
+        self.shared.counters.count(&result);
+        if turn_after.is_some() {
+            self.count_retries(fault, &result);
+        }
+        result
+    }
+
+    /// For a turn: how often this frame was held back, and whether its claim has done its service.
+    fn count_retries<E>(&mut self, fault: &Fault, result: &Result<FaultOutcome, E>) {
+        use RetryPoint::{AfterFaultIn, BeforeFaultIn, UnderLock};
+        match result {
+            Ok(FaultOutcome::Retry(Retry { point: BeforeFaultIn | AfterFaultIn | UnderLock, .. })) => {
+                self.retries.retried(fault.space, fault.gfn);
+            }
+            _ => {
+                let was_retried = self.retries.done(fault.space, fault.gfn);
+                if was_retried && self.enters.get() {
+                    self.served.set(true);
+                } else if was_retried {
+                    self.shared.claim.give_back();
+                }
+            }
+        }
     }
 }

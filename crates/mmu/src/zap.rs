@@ -241,7 +241,9 @@ impl<S: SecondaryMmu> Steps<'_, '_, S> {
         assert!(self.room() > 0, "more tables were retired than there is room for");
         self.retired.tables[self.retired.count] = table;
         self.retired.count += 1;
-        self.owe(gfns);
+        if !mutation::active(Mutation::FreeWithoutFlush) {
+            self.owe(gfns);
+        }
     }
 
     fn owe(&mut self, gfns: GfnRange) {

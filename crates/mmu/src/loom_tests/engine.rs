@@ -6,13 +6,13 @@ use loom::thread;
 
 use super::{RACE, STUCK, fails_without, holds};
 use crate::addr::{FRAME_BYTES, Gfn, GfnRange, Hva, HvaRange, Pfn};
-use crate::fault::FaultOutcome;
 use crate::guest_mmu::{GuestMmu, Policy, Precheck, WitnessKind, YieldPolicy};
 use crate::host::{
     Access, Blocking, Fault, FaultInError, Mapped, PageRef, PageUse, Patience, PrimaryMmu, SecondaryMmu, Zap,
 };
 use crate::invalidation::{Fresh, Snapshot};
 use crate::mutation::Mutation;
+use crate::outcome::FaultOutcome;
 use crate::platform::model::Loom;
 use crate::slots::{Memslot, SlotId, SpaceId};
 use crate::zap::{Walk, ZapWalk, Zapped};

@@ -9,7 +9,7 @@ use super::{RACE, STUCK, fails_without, holds};
 use crate::intent::Barrier;
 use crate::mutation::Mutation;
 use crate::platform::model::Loom;
-use crate::vcpu::{Requests, VcpuShared, VcpuWords};
+use crate::vcpu_words::{Requests, VcpuShared, VcpuWords};
 
 /// A page, one entry that shows it, and a vCPU that may have it in its TLB.
 struct Machine {

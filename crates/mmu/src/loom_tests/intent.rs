@@ -15,7 +15,7 @@ use crate::mutation::Mutation;
 use crate::platform::Platform;
 use crate::platform::model::{Loom, LoomSpin};
 use crate::ranges::{Coverage, Tracks};
-use crate::vcpu::{VcpuShared, VcpuWords};
+use crate::vcpu_words::{VcpuShared, VcpuWords};
 
 const FRAME: GfnRange = GfnRange::frame(Gfn::new(4));
 /// The huge page around it.
