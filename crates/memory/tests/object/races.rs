@@ -5,17 +5,32 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::thread;
 
 use afterimage_memory::State;
-use afterimage_mmu::{Blocking, Policy, Precheck, RetryPoint, Zap};
+use afterimage_mmu::{
+    Barrier, Blocking, Coverage, Policy, Precheck, RetryPoint, SequenceScope, WitnessKind, YieldPolicy, Zap,
+};
 use afterimage_uffd::Backing;
 
 use crate::support::{BACKINGS, Machine, Setup, Stamps, Touch, stamp, wait_until};
 
-/// Both ways to find a fault doomed: by the hint, and by the check under the lock.
-const PRECHECKS: [(Precheck, RetryPoint); 2] =
-    [(Precheck::all(), RetryPoint::AfterFaultIn), (Precheck::empty(), RetryPoint::UnderLock)];
+/// Both ways to find a fault doomed, by the hint and by the check that counts, with each witness of that check.
+const POLICIES: [(Policy, RetryPoint); 4] = [
+    (policy(Precheck::all(), WitnessKind::Lock), RetryPoint::AfterFaultIn),
+    (policy(Precheck::empty(), WitnessKind::Lock), RetryPoint::UnderLock),
+    (policy(Precheck::all(), WitnessKind::Intent), RetryPoint::AfterFaultIn),
+    (policy(Precheck::empty(), WitnessKind::Intent), RetryPoint::UnderLock),
+];
 
-fn with_precheck(setup: Setup, precheck: Precheck) -> Setup {
-    Setup { policy: Policy { precheck, ..Policy::default() }, ..setup }
+const fn policy(precheck: Precheck, witness: WitnessKind) -> Policy {
+    Policy {
+        precheck,
+        witness,
+        // The other barrier has its turn in the tests of whole runs.
+        barrier: Barrier::Heavy,
+        yielding: YieldPolicy::OnContention,
+        scope: SequenceScope::Global,
+        coverage: Coverage::Hull,
+        turn_after: None,
+    }
 }
 
 #[track_caller]
@@ -27,9 +42,9 @@ fn assert_one_retry(machine: &Machine, point: RetryPoint) {
 
 #[test]
 fn a_discard_while_the_source_is_read_ends_and_wins() {
-    for (backing, (precheck, point)) in BACKINGS.into_iter().flat_map(|b| PRECHECKS.map(|p| (b, p))) {
+    for (backing, (policy, point)) in BACKINGS.into_iter().flat_map(|b| POLICIES.map(|p| (b, p))) {
         let source = Stamps::new(4);
-        let setup = with_precheck(Setup::new("discard, reading", backing, 4).source(&source), precheck);
+        let setup = Setup { policy, ..Setup::new("discard, reading", backing, 4).source(&source) };
         let Some(machine) = setup.start() else { return };
         source.gate.close_for(2);
         let touch = machine.reading(2);
@@ -46,9 +61,9 @@ fn a_discard_while_the_source_is_read_ends_and_wins() {
 
 #[test]
 fn an_eviction_while_the_source_is_read_ends_and_the_page_is_right() {
-    for (backing, (precheck, point)) in BACKINGS.into_iter().flat_map(|b| PRECHECKS.map(|p| (b, p))) {
+    for (backing, (policy, point)) in BACKINGS.into_iter().flat_map(|b| POLICIES.map(|p| (b, p))) {
         let source = Stamps::new(4);
-        let setup = with_precheck(Setup::new("evict, reading", backing, 4).source(&source), precheck);
+        let setup = Setup { policy, ..Setup::new("evict, reading", backing, 4).source(&source) };
         let Some(machine) = setup.start() else { return };
         machine.read(1);
         source.gate.close_for(2);
@@ -64,10 +79,10 @@ fn an_eviction_while_the_source_is_read_ends_and_the_page_is_right() {
 
 #[test]
 fn a_page_that_is_evicted_between_look_up_and_install_is_looked_up_again() {
-    for (precheck, point) in PRECHECKS {
+    for (policy, point) in POLICIES {
         let source = Stamps::new(4);
         let setup = Setup::new("evict, looked up", Backing::Shared, 4).source(&source);
-        let Some(machine) = with_precheck(setup, precheck).start() else { return };
+        let Some(machine) = (Setup { policy, ..setup }).start() else { return };
         machine.view.gate.close_for(2);
         let touch = machine.reading(2);
         machine.view.gate.wait_for_someone();
@@ -83,10 +98,10 @@ fn a_page_that_is_evicted_between_look_up_and_install_is_looked_up_again() {
 
 #[test]
 fn a_page_that_is_discarded_between_look_up_and_install_is_zeros() {
-    for (precheck, point) in PRECHECKS {
+    for (policy, point) in POLICIES {
         let source = Stamps::new(4);
         let setup = Setup::new("discard, looked up", Backing::Shared, 4).source(&source);
-        let Some(machine) = with_precheck(setup, precheck).start() else { return };
+        let Some(machine) = (Setup { policy, ..setup }).start() else { return };
         machine.view.gate.close_for(2);
         let touch = machine.reading(2);
         machine.view.gate.wait_for_someone();
