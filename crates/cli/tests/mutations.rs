@@ -163,6 +163,22 @@ fn every_rule_shows_on_software() {
     }
 }
 
+/// Large pages that are split and recovered while they are in use: `free-at-once` leaves paging-structure caches behind that
+/// point to freed tables; `split-without-break` gives a vCPU two translations of different size, which Arm forbids.
+#[test]
+fn rules_of_tables_show_on_software() {
+    let _alone = alone();
+    let large = ["--guest", "soft", "--page-size", "2m", "--memory", "16m", "--resident", "16m"];
+    let meanwhile = ["--invalidate", "migrate,split,collapse", "--pressure", "20"];
+    for (rule, format) in [("free-at-once", "ept"), ("split-without-break", "vmsa")] {
+        for witness in ["lock", "intent"] {
+            let chosen = ["--format", format, "--witness", witness];
+            let options: Vec<_> = large.iter().chain(&meanwhile).chain(&chosen).copied().collect();
+            until_noticed(rule, &options, Noticed::WrongPage);
+        }
+    }
+}
+
 #[test]
 fn a_yield_without_a_flush_shows_on_software() {
     is_noticed_by_software("yield-without-flush", "migrate");

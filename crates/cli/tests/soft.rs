@@ -73,6 +73,20 @@ fn huge_pages_need_no_pool() {
 }
 
 #[test]
+fn large_pages_are_split_and_recovered() {
+    let _alone = alone();
+    for format in ["npt", "vmsa", "sv48x4"] {
+        for witness in ["lock", "intent"] {
+            let memory = ["--page-size", "2m", "--memory", "16m", "--resident", "16m", "--pressure", "20"];
+            let chosen = ["--format", format, "--witness", witness];
+            let all = ["--invalidate", "discard,protect,migrate,age,split,collapse"];
+            let options: Vec<_> = memory.into_iter().chain(chosen).chain(all).collect();
+            good(&options, json!({ "witness": witness }));
+        }
+    }
+}
+
+#[test]
 fn faults_are_parked_or_let_go() {
     let _alone = alone();
     for after_retry in ["park", "refault"] {
@@ -109,5 +123,6 @@ fn options_of_other_guests_are_refused() {
         &["--guest", "thread", "--invalidate", "migrate"],
         "--invalidate migrate is only for --guest soft",
     );
+    refused(&["--guest", "soft", "--invalidate", "split"], "--invalidate split is for large pages");
     refused(&["--invalidate", "evict,age"], "--invalidate age is only for --guest soft");
 }

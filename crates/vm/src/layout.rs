@@ -203,6 +203,7 @@ pub(crate) enum RecordKind {
     Tag = 4,
     Stale = 5,
     FreedTable = 6,
+    Conflict = 7,
 }
 
 /// Values of [`VcpuBlock::workload`].

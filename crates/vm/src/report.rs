@@ -65,6 +65,8 @@ pub enum WrongKind {
     Stale,
     /// A software vCPU's walk came to a table that was free.
     FreedTable,
+    /// A software vCPU that must never have two translations of different size for one address got them.
+    Conflict,
 }
 
 /// A wrong page, as the guest found it.
@@ -98,6 +100,7 @@ impl WrongPage {
             kind if kind == RecordKind::Tag as u64 => WrongKind::Tag,
             kind if kind == RecordKind::Stale as u64 => WrongKind::Stale,
             kind if kind == RecordKind::FreedTable as u64 => WrongKind::FreedTable,
+            kind if kind == RecordKind::Conflict as u64 => WrongKind::Conflict,
             _ => return None,
         };
         Some(Self {
@@ -134,6 +137,9 @@ impl WrongPage {
             WrongKind::Stale if self.expected.is_multiple_of(2) => "the tables led to a free frame",
             WrongKind::Stale => "a translation was used after its invalidation",
             WrongKind::FreedTable => "a table was walked after it was freed",
+            WrongKind::Conflict => {
+                "a page of another size was still cached: nothing was broken before this was made"
+            }
             _ if first == 0 => "its content has been lost",
             WrongKind::Discarding => "neither the old page nor zeros, or the old page after zeros",
             _ if self.expected == 0 && stamp(first) => "it came back after its discard",
@@ -154,6 +160,7 @@ impl fmt::Display for WrongPage {
             WrongKind::Tag => "tag",
             WrongKind::Stale => "generation of its frame",
             WrongKind::FreedTable => "table of level",
+            WrongKind::Conflict => "size of its page",
         };
         write!(
             f,

@@ -87,6 +87,10 @@ pub(crate) enum InvalidateChoice {
     Migrate,
     /// The marks of past accesses are taken away (software guests)
     Age,
+    /// Large pages are mapped in small ones (software guests, 2 MiB pages)
+    Split,
+    /// Small pages are mapped as large ones again (software guests, 2 MiB pages)
+    Collapse,
     /// Nothing
     None,
 }
@@ -94,7 +98,12 @@ pub(crate) enum InvalidateChoice {
 impl InvalidateChoice {
     /// Whether it needs tables of our own.
     pub(super) const fn needs_soft(self) -> bool {
-        matches!(self, Self::Migrate | Self::Age)
+        matches!(self, Self::Migrate | Self::Age | Self::Split | Self::Collapse)
+    }
+
+    /// Whether it has nothing to work on where all pages are small.
+    pub(super) const fn needs_large(self) -> bool {
+        matches!(self, Self::Split | Self::Collapse)
     }
 }
 
@@ -177,20 +186,29 @@ pub(super) enum BreakChoice {
     YieldWithoutFlush,
     /// A flush does not wait for the vCPUs that it kicks
     KickWithoutAck,
+    /// A removed table is freed before the flush
+    FreeAtOnce,
+    /// A large page is split without break-before-make
+    SplitWithoutBreak,
 }
 
 #[cfg(feature = "mutations")]
-impl From<BreakChoice> for afterimage_mmu::mutation::Mutation {
-    fn from(choice: BreakChoice) -> Self {
-        match choice {
-            BreakChoice::VerifyAlwaysFresh => Self::VerifyAlwaysFresh,
-            BreakChoice::ZapForgetsLastFrame => Self::ZapForgetsLastFrame,
-            BreakChoice::DiscardWithoutInvalidation => Self::DiscardWithoutInvalidation,
-            BreakChoice::EvictWithoutInvalidation => Self::EvictWithoutInvalidation,
-            BreakChoice::DiscardKeepsBytes => Self::DiscardKeepsBytes,
-            BreakChoice::BeginWithoutFlush => Self::BeginWithoutFlush,
-            BreakChoice::YieldWithoutFlush => Self::YieldWithoutFlush,
-            BreakChoice::KickWithoutAck => Self::KickWithoutAck,
+impl BreakChoice {
+    /// Switches the rule off, for the whole process.
+    pub(super) fn apply(self) {
+        use afterimage_mmu::mutation::{self as protocol, Mutation as Rule};
+        use afterimage_stage2::mutation::{self as tables, Mutation as TableRule};
+        match self {
+            Self::VerifyAlwaysFresh => protocol::set(Some(Rule::VerifyAlwaysFresh)),
+            Self::ZapForgetsLastFrame => protocol::set(Some(Rule::ZapForgetsLastFrame)),
+            Self::DiscardWithoutInvalidation => protocol::set(Some(Rule::DiscardWithoutInvalidation)),
+            Self::EvictWithoutInvalidation => protocol::set(Some(Rule::EvictWithoutInvalidation)),
+            Self::DiscardKeepsBytes => protocol::set(Some(Rule::DiscardKeepsBytes)),
+            Self::BeginWithoutFlush => protocol::set(Some(Rule::BeginWithoutFlush)),
+            Self::YieldWithoutFlush => protocol::set(Some(Rule::YieldWithoutFlush)),
+            Self::KickWithoutAck => protocol::set(Some(Rule::KickWithoutAck)),
+            Self::FreeAtOnce => tables::set(Some(TableRule::FreeAtOnce)),
+            Self::SplitWithoutBreak => tables::set(Some(TableRule::SplitWithoutBreak)),
         }
     }
 }

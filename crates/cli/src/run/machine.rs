@@ -9,10 +9,9 @@ use afterimage_memory::{
 };
 use afterimage_mmu::{
     FRAME_BYTES, FaultStats, Gfn, GfnRange, GuestMmu, InvalidationStats, PageSize, Pfn, PfnRange,
-    SecondaryMmu,
+    SecondaryMmu, SlotError, SlotId, SpaceId,
 };
 use afterimage_vm::{Discards, Guest, GuestMemory, GuestSpec, WORD_OFFSETS, Window, Windows};
-use anyhow::Result;
 
 use super::choices::InvalidateChoice;
 use super::hosts::HostPlan;
@@ -28,6 +27,8 @@ fn discard_every(page_size: PageSize) -> u64 {
         PageSize::Size2M | PageSize::Size1G => 128,
     }
 }
+/// The memslot of all memory.
+pub(super) const SLOT: SlotId = SlotId(0);
 /// Accesses of a vCPU between two reads of a page of any vCPU.
 const CROSS_EVERY: u64 = 64;
 
@@ -35,6 +36,10 @@ const CROSS_EVERY: u64 = 64;
 pub(crate) trait Engine: fmt::Debug + Send + Sync {
     fn fault_stats(&self) -> FaultStats;
     fn invalidation_stats(&self) -> InvalidationStats;
+    /// Maps all memory in small pages.
+    fn split(&self) -> Result<(), SlotError>;
+    /// Maps it in large pages again, where it can.
+    fn collapse(&self) -> Result<(), SlotError>;
 }
 
 impl<S: SecondaryMmu> Engine for GuestMmu<S> {
@@ -44,6 +49,14 @@ impl<S: SecondaryMmu> Engine for GuestMmu<S> {
 
     fn invalidation_stats(&self) -> InvalidationStats {
         GuestMmu::invalidation_stats(self)
+    }
+
+    fn split(&self) -> Result<(), SlotError> {
+        self.split_large_pages(SpaceId(0), SLOT)
+    }
+
+    fn collapse(&self) -> Result<(), SlotError> {
+        self.recover_large_pages(SpaceId(0), SLOT)
     }
 }
 
@@ -73,7 +86,7 @@ pub(super) struct Start<'p> {
 
 impl Machine {
     /// Sets everything up and starts the guest and who serves its faults.
-    pub(crate) fn start(plan: &mut RunPlan) -> Result<Self> {
+    pub(crate) fn start(plan: &mut RunPlan) -> anyhow::Result<Self> {
         let pattern = Pattern::new(plan.seed);
         let frames = plan.memory / FRAME_BYTES;
         let file = plan.source.take().map(Arc::new);
@@ -136,7 +149,7 @@ enum Words {
 }
 
 impl Words {
-    fn of(file: &FileSource, frames: u64) -> Result<Self> {
+    fn of(file: &FileSource, frames: u64) -> anyhow::Result<Self> {
         let mut page = vec![0; FRAME_BYTES as usize];
         let mut words = Vec::with_capacity(frames as usize);
         for frame in 0..frames {

@@ -74,7 +74,7 @@ fn finish(
     json: Option<JsonOutput>,
     interrupted: &AtomicBool,
 ) -> Result<bool> {
-    let pressure = Pressure::start(plan, &machine.object, &machine.guest)?;
+    let pressure = Pressure::start(plan, &machine)?;
     let mut failures = watch(plan, &machine, &pressure, interrupted);
     let mut outcome = stop(machine, pressure, &mut failures)?;
     // Who interrupts a run at its start has not shown anything to be wrong.
@@ -134,7 +134,7 @@ fn stop(machine: Machine, pressure: Pressure, failures: &mut Vec<String>) -> Res
     let Machine { object, engine, guest, host } = machine;
     let guest = guest.stop().context("the guest could not be stopped")?;
     if let Err(error) = pressure.stop() {
-        failures.push(format!("taking memory away failed: {error}"));
+        failures.push(format!("taking memory away failed: {error:#}"));
     }
     if let Some(failure) = guest.failure() {
         failures.push(failure.to_string());

@@ -219,7 +219,9 @@ impl RunArgs {
             WorkloadChoice::Hot => Workload::HOT,
         };
         #[cfg(feature = "mutations")]
-        afterimage_mmu::mutation::set(self.broken.map(Into::into));
+        if let Some(broken) = self.broken {
+            broken.apply();
+        }
         let served = match &host {
             HostPlan::Uffd(uffd) => Some(uffd),
             HostPlan::Soft(_) => None,
@@ -298,6 +300,10 @@ impl RunArgs {
         let needs_soft = chosen.iter().find(|choice| choice.needs_soft());
         if let (Some(choice), true) = (needs_soft, self.guest != Some(GuestChoice::Soft)) {
             bail!("--invalidate {} is only for --guest soft", name(*choice));
+        }
+        let needs_large = chosen.iter().find(|choice| choice.needs_large());
+        if let (Some(choice), PageChoice::Small) = (needs_large, self.page_size) {
+            bail!("--invalidate {} is for large pages: --page-size 2m", name(*choice));
         }
         Ok(chosen.into_iter().collect())
     }

@@ -5,12 +5,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use afterimage_memory::{MemoryError, MemoryObject};
-use afterimage_mmu::{Age, Gfn, Pfn, PfnRange};
+use afterimage_memory::MemoryObject;
+use afterimage_mmu::{Age, Gfn, Pfn, PfnRange, SlotError};
 use afterimage_vm::{GuestHandle, GuestKind};
 use anyhow::Result;
 
 use super::choices::InvalidateChoice;
+use super::machine::{Engine, Machine};
 use super::options::RunPlan;
 
 /// How often the budget and the guest's mailbox are looked at.
@@ -26,6 +27,9 @@ const COMPACT_FRAMES: u64 = 512;
 /// How often, and how many parts of memory in turn, lose their marks of past accesses.
 const AGE_EVERY: Duration = Duration::from_millis(5);
 const AGE_PARTS: u64 = 16;
+/// How often all large pages are split, and recovered: out of step.
+const SPLIT_EVERY: Duration = Duration::from_millis(7);
+const COLLAPSE_EVERY: Duration = Duration::from_millis(11);
 /// Checkpoints a second, and how much of memory each takes: all of it in about four seconds.
 const CHECKPOINT_EVERY: Duration = Duration::from_millis(250);
 const CHECKPOINT_PARTS: u64 = 16;
@@ -33,7 +37,7 @@ const CHECKPOINT_PARTS: u64 = 16;
 /// The running threads.
 #[derive(Debug)]
 pub(crate) struct Pressure {
-    threads: Vec<JoinHandle<Result<(), MemoryError>>>,
+    threads: Vec<JoinHandle<Result<()>>>,
     stop: Arc<AtomicBool>,
 }
 
@@ -50,6 +54,7 @@ enum Aim {
 #[derive(Clone)]
 struct Reach {
     object: Arc<MemoryObject>,
+    engine: Arc<dyn Engine>,
     guest: GuestHandle,
     aim: Aim,
     stop: Arc<AtomicBool>,
@@ -80,10 +85,15 @@ impl Reach {
 
 impl Pressure {
     /// Starts a thread that keeps the budget, and one for each kind that was asked for.
-    pub(crate) fn start(plan: &RunPlan, object: &Arc<MemoryObject>, guest: &GuestHandle) -> Result<Self> {
+    pub(crate) fn start(plan: &RunPlan, machine: &Machine) -> Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
-        let aim = if plan.guest == GuestKind::Soft { Aim::Anywhere } else { Aim::Running };
-        let reach = Reach { object: Arc::clone(object), guest: guest.clone(), aim, stop: Arc::clone(&stop) };
+        let reach = Reach {
+            object: Arc::clone(&machine.object),
+            engine: Arc::clone(&machine.engine),
+            guest: machine.guest.handle(),
+            aim: if plan.guest == GuestKind::Soft { Aim::Anywhere } else { Aim::Running },
+            stop: Arc::clone(&stop),
+        };
         let mut pressure = Self { threads: Vec::new(), stop };
         let budget = reach.clone();
         pressure.spawn("budget", move || keep_budget(&budget))?;
@@ -96,36 +106,39 @@ impl Pressure {
                 // Only the budget evicts. A thread without work would end, which is what a failed one does.
                 InvalidateChoice::Evict | InvalidateChoice::Migrate if plan.pressure == 0 => {}
                 InvalidateChoice::Evict => pressure.spawn("evict", move || {
-                    where_it_runs(&reach, per_second, batch, |frames| reach.object.evict(frames).map(drop))
+                    where_it_runs(&reach, per_second, batch, |frames| {
+                        Ok(reach.object.evict(frames).map(drop)?)
+                    })
                 })?,
                 InvalidateChoice::Migrate => {
                     let compacting = reach.clone();
                     pressure.spawn("migrate", move || {
                         where_it_runs(&reach, per_second, page, |frames| {
-                            reach.object.migrate(frames).map(drop)
+                            Ok(reach.object.migrate(frames).map(drop)?)
                         })
                     })?;
                     pressure.spawn("compact", move || {
                         let per_second = per_second.div_ceil(COMPACT_EVERY);
                         where_it_runs(&compacting, per_second, COMPACT_FRAMES, |frames| {
-                            compacting.object.migrate(frames).map(drop)
+                            Ok(compacting.object.migrate(frames).map(drop)?)
                         })
                     })?;
                 }
                 InvalidateChoice::Discard => pressure.spawn("discard", move || discard(&reach))?,
                 InvalidateChoice::Protect => pressure.spawn("checkpoint", move || checkpoint(&reach))?,
                 InvalidateChoice::Age => pressure.spawn("age", move || age(&reach))?,
+                InvalidateChoice::Split => {
+                    pressure.spawn("split", move || every(&reach, SPLIT_EVERY, || reach.engine.split()))?
+                }
+                InvalidateChoice::Collapse => pressure
+                    .spawn("collapse", move || every(&reach, COLLAPSE_EVERY, || reach.engine.collapse()))?,
                 InvalidateChoice::None => {}
             }
         }
         Ok(pressure)
     }
 
-    fn spawn(
-        &mut self,
-        name: &str,
-        body: impl FnOnce() -> Result<(), MemoryError> + Send + 'static,
-    ) -> Result<()> {
+    fn spawn(&mut self, name: &str, body: impl FnOnce() -> Result<()> + Send + 'static) -> Result<()> {
         self.threads.push(thread::Builder::new().name(name.to_owned()).spawn(body)?);
         Ok(())
     }
@@ -136,7 +149,7 @@ impl Pressure {
     }
 
     /// Ends the threads; what they have begun, they finish.
-    pub(crate) fn stop(self) -> Result<(), MemoryError> {
+    pub(crate) fn stop(self) -> Result<()> {
         self.stop.store(true, Ordering::Release);
         let mut result = Ok(());
         for thread in self.threads {
@@ -147,7 +160,7 @@ impl Pressure {
     }
 }
 
-fn keep_budget(reach: &Reach) -> Result<(), MemoryError> {
+fn keep_budget(reach: &Reach) -> Result<()> {
     while reach.is_running() {
         // Nothing went: every page is on its way somewhere. Let it get there.
         if !reach.object.is_over_budget() || reach.object.reclaim()?.frames == 0 {
@@ -163,8 +176,8 @@ fn where_it_runs(
     reach: &Reach,
     per_second: u32,
     batch: u64,
-    take_away: impl Fn(PfnRange) -> Result<(), MemoryError>,
-) -> Result<(), MemoryError> {
+    take_away: impl Fn(PfnRange) -> Result<()>,
+) -> Result<()> {
     let Some(pause) = Duration::from_secs(1).checked_div(per_second) else { return Ok(()) };
     let mut due = Instant::now();
     for turn in 0.. {
@@ -211,7 +224,7 @@ fn around(gfn: Gfn, frames: u64, all: PfnRange) -> PfnRange {
     PfnRange::new(Pfn::new(start), Pfn::new(start + frames)).intersection(all)
 }
 
-fn discard(reach: &Reach) -> Result<(), MemoryError> {
+fn discard(reach: &Reach) -> Result<()> {
     while reach.is_running() {
         let mut idle = true;
         for vcpu in 0..reach.guest.vcpus() {
@@ -230,7 +243,7 @@ fn discard(reach: &Reach) -> Result<(), MemoryError> {
 }
 
 /// Takes the marks of past accesses away, a part of memory at a time.
-fn age(reach: &Reach) -> Result<(), MemoryError> {
+fn age(reach: &Reach) -> Result<()> {
     let all = reach.object.frames();
     let mut parts = parts_of(all, AGE_PARTS).cycle();
     while reach.is_running() {
@@ -238,6 +251,15 @@ fn age(reach: &Reach) -> Result<(), MemoryError> {
         // Who was young is the budget's to ask; here it is only made to forget.
         let _ = reach.object.age(part, Age::Clear);
         thread::sleep(AGE_EVERY);
+    }
+    Ok(())
+}
+
+/// Does `what` to all of memory, again and again.
+fn every(reach: &Reach, pause: Duration, what: impl Fn() -> Result<(), SlotError>) -> Result<()> {
+    while reach.is_running() {
+        what()?;
+        thread::sleep(pause);
     }
     Ok(())
 }
@@ -252,7 +274,7 @@ fn parts_of(all: PfnRange, count: u64) -> impl Iterator<Item = PfnRange> + Clone
 }
 
 /// Reads all of memory, a part at a time, as a checkpoint would.
-fn checkpoint(reach: &Reach) -> Result<(), MemoryError> {
+fn checkpoint(reach: &Reach) -> Result<()> {
     let mut parts = parts_of(reach.object.frames(), CHECKPOINT_PARTS).cycle();
     while reach.is_running() {
         let part = reach.whole_pages(parts.next().expect("it goes round"));

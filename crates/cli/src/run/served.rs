@@ -4,13 +4,13 @@ use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use afterimage_memory::{MemoryObject, MemoryView, ObjectOptions, ObjectPage, PageError};
-use afterimage_mmu::{FRAME_BYTES, Gfn, GuestMmu, Memslot, Notifier, PageSize, SlotId};
+use afterimage_mmu::{FRAME_BYTES, Gfn, GuestMmu, Memslot, Notifier, PageSize};
 use afterimage_uffd::{Backing, FaultReport, Features, Mapping, OpenOptions, UffdMmu, Workers};
 use afterimage_vm::{Guest, GuestMemory};
 use anyhow::{Context, Result};
 
 use super::hosts::UffdPlan;
-use super::machine::{Host, Machine, Start};
+use super::machine::{Host, Machine, SLOT, Start};
 use super::options::RunPlan;
 
 /// Who serves the faults, and what could not be served.
@@ -33,7 +33,7 @@ impl Served {
         let tables: UffdMmu<ObjectPage> =
             UffdMmu::new(Arc::clone(&mapping), uffd.backing, uffds, uffd.workers)?;
         let mmu = Arc::new(GuestMmu::new(tables, plan.policy));
-        mmu.create_slot(Memslot::new(SlotId(0), Gfn::new(0), plan.memory / FRAME_BYTES, base))?;
+        mmu.create_slot(Memslot::new(SLOT, Gfn::new(0), plan.memory / FRAME_BYTES, base))?;
         object.attach(base, Arc::clone(&mmu) as Arc<dyn Notifier>);
 
         let poisoned = Arc::new(Mutex::new(Vec::new()));

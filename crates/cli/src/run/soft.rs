@@ -4,7 +4,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use afterimage_memory::{FramePool, MemoryObject, ObjectPage};
-use afterimage_mmu::{FRAME_BYTES, Gfn, GuestMmu, Hva, Memslot, Notifier, PageSize, Pfn, SlotId};
+use afterimage_mmu::{FRAME_BYTES, Gfn, GuestMmu, Hva, Memslot, Notifier, PageSize, Pfn};
 use afterimage_stage2::{Ept4, Ept5, Npt4, Npt5, Stage2, Sv39x4, Sv48x4, Vmsa};
 use afterimage_uffd::Linux;
 use afterimage_vm::{Guest, GuestMemory, Hardware, PhysicalMemory, SoftMachine, TablePool};
@@ -12,7 +12,7 @@ use anyhow::{Context, Result};
 
 use super::choices::FormatChoice;
 use super::hosts::SoftPlan;
-use super::machine::{Host, Machine, Start};
+use super::machine::{Host, Machine, SLOT, Start};
 
 /// Where the memory object lies in the primary MMU's space. Nothing of this process is there, and nobody asks.
 const BASE: Hva = Hva::new(1 << 40);
@@ -21,12 +21,19 @@ const BASE: Hva = Hva::new(1 << 40);
 const SPARE_FRAMES: u64 = 2048;
 
 /// What the tables run on.
-struct SoftHost;
+struct SoftHost {
+    /// What pages of the object are made of: contiguous, aligned, and they come and go as a whole.
+    page_size: PageSize,
+}
 
 impl afterimage_stage2::Host for SoftHost {
     type Memory = TablePool;
     type Platform = Linux;
     type Page = ObjectPage;
+
+    fn block(&self, _pfn: Pfn) -> PageSize {
+        self.page_size
+    }
 }
 
 /// Frames of the object's pool as physical memory.
@@ -76,12 +83,11 @@ impl Soft {
         let frames = Arc::clone(object.pool().expect("it was made with a pool"));
         let all = plan.memory / FRAME_BYTES;
         let tables = TablePool::new(all)?;
-        // Pages of the object are contiguous, aligned, and come and go as a whole.
-        let backing: PageSize = plan.page_size;
+        let host = SoftHost { page_size: plan.page_size };
         let stage2: Stage2<F, SoftHost> =
-            Stage2::new(SoftHost, tables.clone(), 1, backing).context("there is no memory for tables")?;
+            Stage2::new(host, tables.clone(), 1, plan.page_size).context("there is no memory for tables")?;
         let mmu = Arc::new(GuestMmu::new(stage2, plan.policy));
-        mmu.create_slot(Memslot::new(SlotId(0), Gfn::new(0), all, BASE))?;
+        mmu.create_slot(Memslot::new(SLOT, Gfn::new(0), all, BASE))?;
         object.attach(BASE, Arc::clone(&mmu) as Arc<dyn Notifier>);
         let machine = SoftMachine {
             mmu: Arc::clone(&mmu),

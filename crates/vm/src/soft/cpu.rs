@@ -19,19 +19,20 @@ use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use afterimage_mmu::{
-    Access, FRAME_BYTES, Fault, FaultError, FaultOutcome, Found, Gfn, PrimaryMmu, Requests, RetryPoint,
-    SpaceId, Vcpu,
+    Access, FRAME_BYTES, Fault, FaultError, FaultOutcome, Found, Gfn, PageSize, Pfn, PrimaryMmu, Requests,
+    RetryPoint, SpaceId, Vcpu,
 };
 use afterimage_stage2::{Host, Stage2};
 
 use super::tables::TablePool;
 use super::tlb::{Tlb, Translation};
-use super::walk::{Hardware, Walk, walk};
+use super::walk::{Hardware, Walk, Why, walk};
 use super::{AfterRetry, PhysicalMemory, SoftMachine};
 use crate::layout::{RecordKind, VcpuBlock};
 use crate::report::VcpuEnd;
 
-/// Accesses between two looks at whether the vCPU was kicked: about as long as an interrupt takes to arrive.
+/// Accesses between two looks at whether the vCPU was kicked, about as long as an interrupt takes to arrive; and between
+/// two speculative walks.
 const CHECK_EVERY: u32 = 32;
 
 /// A software vCPU on its thread.
@@ -41,7 +42,7 @@ pub(super) struct Cpu<'m, F: Hardware, H: Host<Memory = TablePool>, M, R> {
     block: &'m VcpuBlock,
     exits: &'m AtomicU64,
     tlb: Tlb,
-    root: afterimage_mmu::Pfn,
+    root: Pfn,
     unchecked: u32,
     /// Walks in a row that met a freed table.
     astray: u32,
@@ -112,6 +113,7 @@ where
         self.unchecked += 1;
         if self.unchecked >= CHECK_EVERY {
             self.look();
+            self.speculate(gfn + 1);
         }
         loop {
             match self.tlb.find(gfn) {
@@ -147,11 +149,9 @@ where
 
     /// Walks, and remembers what was found; takes a fault where the access is not allowed.
     fn walk(&mut self, gfn: Gfn, access: Access) -> Result<(), VcpuEnd> {
-        match walk::<F>(&self.machine.tables, self.root, &mut self.tlb, gfn, access) {
+        match walk::<F>(&self.machine.tables, self.root, &mut self.tlb, gfn, Why::Access(access)) {
             Walk::Page { first, size, writable } => {
-                let inside = gfn.as_u64() & (size.frames() - 1);
-                let generation = self.machine.ram.generation(first + inside);
-                self.tlb.put(gfn, size, Translation { pfn: first, writable, generation });
+                self.remember(gfn, size, first, writable);
                 self.astray = 0;
                 Ok(())
             }
@@ -168,6 +168,24 @@ where
                 }
                 Ok(())
             }
+        }
+    }
+
+    fn remember(&mut self, gfn: Gfn, size: PageSize, first: Pfn, writable: bool) {
+        let inside = gfn.as_u64() & (size.frames() - 1);
+        let generation = self.machine.ram.generation(first + inside);
+        if F::BREAK_BEFORE_MAKE && self.tlb.conflicts(gfn, size) {
+            self.mislead(RecordKind::Conflict, gfn, 0, size.bytes());
+            self.tlb.flush();
+        }
+        self.tlb.put(gfn, size, Translation { pfn: first, writable, generation });
+    }
+
+    /// Walks for an address that nobody has asked for, whether it is cached or not: hardware may, at any time.
+    fn speculate(&mut self, gfn: Gfn) {
+        let walked = walk::<F>(&self.machine.tables, self.root, &mut self.tlb, gfn, Why::Speculation);
+        if let Walk::Page { first, size, writable } = walked {
+            self.remember(gfn, size, first, writable);
         }
     }
 

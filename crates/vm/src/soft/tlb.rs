@@ -9,6 +9,8 @@
 //! one: old entries stay where they are and never match again; when the ASIDs have run out, all entries go. Nothing else ever
 //! removes an entry of another address: what the tables say by now, the caches do not ask.
 
+use core::cmp::Ordering;
+
 use afterimage_mmu::{Gfn, Level, PageSize, Pfn};
 
 /// Bits of an ASID.
@@ -123,6 +125,19 @@ impl Tlb {
         self.pages[index].put(gfn, self.asid, page);
     }
 
+    /// Whether a translation of another size than `size` is remembered for a frame of the page around `gfn`.
+    pub(super) fn conflicts(&self, gfn: Gfn, size: PageSize) -> bool {
+        self.pages.iter().zip(&SIZES).any(|(cache, other)| match other.cmp(&size) {
+            Ordering::Equal => false,
+            Ordering::Greater => cache.get(gfn, self.asid).is_some(),
+            Ordering::Less => {
+                let block = gfn.block(size);
+                let parts = block.len() / other.frames();
+                (0..parts).any(|part| cache.get(block.start + part * other.frames(), self.asid).is_some())
+            }
+        })
+    }
+
     /// The lowest table for `gfn` that is known, and its level.
     #[inline]
     pub(super) fn lowest_table(&self, gfn: Gfn) -> Option<(Pfn, Level)> {
@@ -183,6 +198,19 @@ mod tests {
         assert_eq!(tlb.find(Gfn::new(5)), None);
         tlb.forget(Gfn::new(1024 + 9));
         assert_eq!(tlb.find(Gfn::new(1024 + 511)), None);
+    }
+
+    #[test]
+    fn pages_of_different_size_in_one_place_are_a_conflict() {
+        let mut tlb = Tlb::new();
+        tlb.put(Gfn::new(700), PageSize::Size4K, page(700));
+        assert!(tlb.conflicts(Gfn::new(512), PageSize::Size2M));
+        assert!(!tlb.conflicts(Gfn::new(0), PageSize::Size2M));
+        assert!(!tlb.conflicts(Gfn::new(700), PageSize::Size4K));
+        tlb.put(Gfn::new(0), PageSize::Size2M, page(0));
+        assert!(tlb.conflicts(Gfn::new(3), PageSize::Size4K));
+        tlb.flush();
+        assert!(!tlb.conflicts(Gfn::new(3), PageSize::Size4K));
     }
 
     #[test]
