@@ -35,13 +35,14 @@ use crate::walker::{Marks, Walker};
 struct Asked {
     cpus: usize,
     events: u64,
+    wrong: u64,
     matrix: bool,
     storm: bool,
 }
 
 impl Asked {
     fn read() -> Self {
-        let mut asked = Self { cpus: 1, events: 0, matrix: false, storm: false };
+        let mut asked = Self { cpus: 1, events: 0, wrong: 0, matrix: false, storm: false };
         for word in command_line() {
             let number = |text: &str| text.parse::<u32>().expect("a number");
             match word.split_once('=') {
@@ -49,6 +50,7 @@ impl Asked {
                 None if word == "storm" => asked.storm = true,
                 Some(("cpus", text)) => asked.cpus = (number(text) as usize).min(MAX_CPUS),
                 Some(("events", text)) => asked.events = u64::from(number(text)),
+                Some(("wrong-bit", text)) => asked.wrong |= 1 << number(text),
                 Some(("break", rule)) => storm::break_rule(rule),
                 _ => panic!("what does {word:?} ask for?"),
             }
@@ -80,7 +82,7 @@ extern "C" fn start(cpu: u32) -> ! {
 
 fn judge<F: Format, W: Walker>(asked: &Asked, descriptors: &Descriptors, marks: Marks) {
     if asked.matrix {
-        matrix::run::<F, W>(&mut W::new(descriptors), marks);
+        matrix::run::<F, W>(&mut W::new(descriptors), marks, asked.wrong);
     }
     if asked.storm {
         for (backing, witness) in [

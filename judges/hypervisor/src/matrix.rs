@@ -4,6 +4,8 @@
 //! Two sets of tables are filled alike. One is walked by the hardware, for a guest that makes one access; the other by
 //! the crate. Then both are read through the crate: marks that the hardware set must be marks to it.
 
+use core::sync::atomic::Ordering;
+
 use afterimage_mmu::{Access, Found, Gfn, GfnRange, Level, PageSize, Pfn};
 use afterimage_stage2::{
     ENTRIES, Entry, Execute, Format, HeapMemory, Leaf, MemoryType, TableCache, TableMemory, Tables,
@@ -47,6 +49,7 @@ struct Judge<'w, F: Format, W: Walker> {
     marks: Marks,
     format: core::marker::PhantomData<F>,
     accesses: u64,
+    wrong: u64,
 }
 
 /// Tables of their own, and what fills them.
@@ -81,17 +84,17 @@ impl<F: Format> Subject<F> {
     }
 
     /// Writes a word that no caller of the crate can have written: the entry of `gfn` at `level`.
-    fn write_raw(&self, gfn: Gfn, level: Level, raw: u64) {
+    fn change_raw(&self, gfn: Gfn, level: Level, change: impl Fn(u64) -> u64) {
         let mut at = (F::ROOT_LEVEL, self.tables.root(), F::ROOT_PAGES * ENTRIES);
         loop {
             let (here, frame, entries) = at;
             let index = gfn.as_u64() / here.frames() % entries as u64;
             let entry = ram::entry(self.memory.entries(frame), index as usize);
+            let raw = entry.load(Ordering::SeqCst);
             if here == level {
-                entry.store(raw, core::sync::atomic::Ordering::SeqCst);
+                entry.store(change(raw), Ordering::SeqCst);
                 return;
             }
-            let raw = entry.load(core::sync::atomic::Ordering::SeqCst);
             let child = F::child(raw, here).expect("the entry's table is linked");
             at = (Level::new(here.number() - 1).expect("a child has a level"), child, ENTRIES);
         }
@@ -129,14 +132,15 @@ fn place(size: PageSize) -> (Pfn, u64) {
 }
 
 /// Judges every leaf of format `F`; how many accesses were made.
-pub(crate) fn run<F: Format, W: Walker>(walker: &mut W, marks: Marks) -> u64 {
-    let mut judge = Judge::<F, W> { walker, marks, format: core::marker::PhantomData, accesses: 0 };
+///
+/// `wrong`: bits that are turned over in every leaf that the hardware walks, to see that the judge finds fault.
+pub(crate) fn run<F: Format, W: Walker>(walker: &mut W, marks: Marks, wrong: u64) {
+    let mut judge = Judge::<F, W> { walker, marks, format: core::marker::PhantomData, accesses: 0, wrong };
     judge.leaves();
     judge.what_is_no_leaf();
     judge.far_away();
     judge.marks_come_back();
     say!("  {}, marks {marks:?}: {} accesses are as the crate says", F::NAME, judge.accesses);
-    judge.accesses
 }
 
 impl<F: Format, W: Walker> Judge<'_, F, W> {
@@ -183,8 +187,12 @@ impl<F: Format, W: Walker> Judge<'_, F, W> {
         let Pair { real, twin } = pair;
         fill(real);
         fill(twin);
-        let before = real.entry(touch.gfn);
+        let before = twin.entry(touch.gfn);
+        let level = real.tables.walk(touch.gfn).level;
+        let wrong = if matches!(before, Entry::Leaf(_)) { self.wrong } else { 0 };
+        real.change_raw(touch.gfn, level, |raw| raw ^ wrong);
         let done = self.touch(real, touch);
+        real.change_raw(touch.gfn, level, |raw| raw ^ wrong);
         let said = match twin.tables.translate(touch.gfn, touch.access) {
             Translation::Frame(pfn) => Done::Reached(pfn),
             Translation::Fault(found) => Done::Stopped(found),
@@ -246,7 +254,7 @@ impl<F: Format, W: Walker> Judge<'_, F, W> {
                 let done = self.compare(&mut Pair::new(), touch, |subject| {
                     let (pfn, _) = place(size);
                     subject.map(gfn, Leaf { pfn, size, ..FULL });
-                    subject.write_raw(gfn, size.level(), F::FROZEN);
+                    subject.change_raw(gfn, size.level(), |_| F::FROZEN);
                     assert_eq!(subject.entry(gfn), Entry::Frozen);
                 });
                 assert_eq!(done, Done::Stopped(Found::Absent), "a frozen entry");

@@ -18,11 +18,11 @@ use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use afterimage_mmu::mutation::{self, Mutation};
 use afterimage_mmu::{
-    Access, Age, Blocking, FRAME_BYTES, Fault, FaultInError, FaultOutcome, Gfn, GuestMmu, Hva, HvaRange,
-    Memslot, PageRef, PageSize, PageUse, Patience, Pfn, Policy, Precheck, PrimaryMmu, SlotId, Snapshot,
-    SpaceId, Spin, Vcpu, WitnessKind, Zap,
+    Access, Age, Blocking, FRAME_BYTES, Fault, FaultError, FaultInError, FaultOutcome, Gfn, GuestMmu, Hva,
+    HvaRange, Memslot, PageRef, PageSize, PageUse, Patience, Pfn, Policy, Precheck, PrimaryMmu, SlotId,
+    Snapshot, SpaceId, Spin, Vcpu, WitnessKind, Zap,
 };
-use afterimage_stage2::{Format, HeapMemory, Host, Stage2};
+use afterimage_stage2::{Format, HeapMemory, Host, MapError, Stage2};
 
 use crate::boot::MAX_CPUS;
 use crate::console::{end, say};
@@ -240,7 +240,7 @@ pub(crate) fn run<F: Format, W: Walker>(storm: Storm) {
         seen.flushes,
     );
     assert!(
-        accesses > 20 * storm.events && faults.taken > storm.events / 2,
+        accesses > 10 * storm.events && faults.taken > storm.events / 2,
         "too little happened to say anything"
     );
 }
@@ -482,6 +482,9 @@ fn serve<F: Format>(vcpu: &mut Vcpu<'_, Stage2<F, Bare>>, primary: &Primary, nes
     match vcpu.handle_fault(primary, &fault) {
         Ok(FaultOutcome::Fixed | FaultOutcome::FixedFast | FaultOutcome::Spurious) => {}
         Ok(FaultOutcome::Retry(retry)) => vcpu.mmu().wait(retry.range),
+        Err(FaultError::CannotMap { cause: MapError::Conflict { found, wanted, .. }, .. }) => {
+            stale(format_args!("{gfn:?} is mapped to {:?} and wanted at {:?}", found.pfn, wanted.pfn));
+        }
         other => panic!("the fault of {gfn:?} for {access:?} ended in {other:?}"),
     }
 }
