@@ -198,7 +198,7 @@ impl<'a, S: SecondaryMmu> Path<'a, S> {
     }
 
     fn looks_doomed(&self, check: Precheck, since: Snapshot, block: GfnRange) -> bool {
-        self.mmu.policy().precheck.contains(check)
+        self.mmu.policy.precheck.contains(check)
             && !mutation::active(Mutation::InvertedSlotTest)
             && self.mmu.hint(since, block).is_some()
     }
@@ -231,7 +231,7 @@ impl<'a, S: SecondaryMmu> Path<'a, S> {
 
     /// What the verdict on `block` will rest on.
     fn witness(&self, block: GfnRange) -> Held<'a, S::Platform> {
-        match self.mmu.policy().witness {
+        match self.mmu.policy.witness {
             WitnessKind::Lock => Held::Lock(self.read_lock()),
             WitnessKind::Intent => Held::Intent(self.mmu.announce(self.shared, block)),
         }

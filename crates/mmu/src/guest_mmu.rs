@@ -97,7 +97,7 @@ pub struct GuestMmu<S: SecondaryMmu> {
     pub(crate) active: CachePadded<ActiveEvents<S::Platform>>,
     pub(crate) counters: CachePadded<InvalidationCounters>,
     secondary: S,
-    policy: Policy,
+    pub(crate) policy: Policy,
     slots: CachePadded<AtomicPtr<SlotSet>>,
     pub(crate) updates: Shared<S::Platform, ()>,
     /// Bumped by every end, for those who wait for one. Bit 0: someone does.

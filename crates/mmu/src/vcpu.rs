@@ -86,7 +86,7 @@ impl<'m, S: SecondaryMmu> Vcpu<'m, S> {
     /// If the policy says `mmu_lock`.
     #[inline]
     pub fn announce(&mut self, block: GfnRange) -> Intent<'_, S::Platform> {
-        assert_eq!(self.mmu.policy().witness, WitnessKind::Intent, "invalidations would not wait for it");
+        assert_eq!(self.mmu.policy.witness, WitnessKind::Intent, "invalidations would not wait for it");
         self.mmu.announce(&self.shared, block)
     }
 
@@ -122,7 +122,7 @@ impl<'m, S: SecondaryMmu> Vcpu<'m, S> {
     {
         self.section = self.section.wrapping_add(1);
         let section = self.mmu.enter(&self.shared.reader, self.section);
-        let turn_after = self.mmu.policy().turn_after;
+        let turn_after = self.mmu.policy.turn_after;
         let is_starved = turn_after.is_some_and(|times| self.retries.of(fault.space, fault.gfn) >= times);
         let path = Path { mmu: self.mmu, shared: &self.shared, fault, is_starved };
         let result = path.walk(primary, section.slots(), &mut self.near, &mut self.cache);
