@@ -6,7 +6,7 @@
 //! | 2 | reserved-bit fault: cached MMIO entry of this generation? | `Emulate`, `Retry(LostRace)` |
 //! | 3 | find the slot | |
 //! | 4 | write-tracked frame | `WriteProtected` |
-//! | 5 | fast path: permissions of a present entry, by compare-exchange | `FixedFast`, `Spurious` |
+//! | 5 | fast path: permissions of a present entry, by compare-exchange; then the dirty log | `FixedFast`, `Spurious`, `DirtyRingFull` |
 //! | 6 | top up the vCPU's cache: nothing allocates under the lock | `NoMemory` |
 //! | 7 | **snapshot** the sequence, before anything that can go stale | |
 //! | 8 | private or shared, as asked? | `WrongPrivacy` |
@@ -17,7 +17,7 @@
 //! | 13 | **hint** again; the page goes back unused | `Retry(AfterFaultIn)` |
 //! | 14 | witness: `mmu_lock` for read | |
 //! | 15 | **verify**, root still valid, not released | `Retry(UnderLock)`, `Released` |
-//! | 16 | map | `Fixed`, `Spurious`, `Retry(LostRace)` |
+//! | 16 | map; then the dirty log | `Fixed`, `Spurious`, `Retry(LostRace)` |
 //! | 17 | page goes back, used or unused, witness still held; then unlock | |
 //!
 //! A fault without a slot skips 11, 13 and 15: it uses no page, and is guarded by the memslot generation. Whoever gets
@@ -31,6 +31,7 @@
 //! `kvm_tdp_mmu_map`.
 
 use crate::addr::GfnRange;
+use crate::dirty_ring::{DirtyFrame, DirtyRing};
 use crate::guest_mmu::{GuestMmu, Precheck, WitnessKind};
 use crate::host::{
     CachedMmio, FastFault, Fault, FaultInError, FaultKind, Found, Mapped, PageRef, PageUse, Patience,
@@ -98,6 +99,8 @@ pub(crate) struct Path<'a, S: SecondaryMmu> {
     pub(crate) mmu: &'a GuestMmu<S>,
     pub(crate) shared: &'a VcpuShared,
     pub(crate) fault: &'a Fault,
+    /// Where its writes are logged, if not in the slot's bitmap.
+    pub(crate) ring: Option<&'a DirtyRing>,
     /// It was retried so often that it claims a turn.
     pub(crate) is_starved: bool,
 }
@@ -136,8 +139,16 @@ impl<'a, S: SecondaryMmu> Path<'a, S> {
         if let Some(slot) = slot
             && slot.state == SlotState::Valid
         {
+            if self.is_logged(slot) && self.ring.is_some_and(DirtyRing::is_soft_full) {
+                return Err(FaultError::DirtyRingFull(gfn));
+            }
             match secondary.fast_fault(slot, fault, &mut self.walker()) {
-                FastFault::Fixed => return Ok(FaultOutcome::FixedFast),
+                FastFault::Fixed => {
+                    if !mutation::active(Mutation::FastFaultUnlogged) {
+                        self.log(slots, slot);
+                    }
+                    return Ok(FaultOutcome::FixedFast);
+                }
                 FastFault::Spurious => return Ok(FaultOutcome::Spurious),
                 FastFault::NotApplicable => {}
             }
@@ -194,7 +205,27 @@ impl<'a, S: SecondaryMmu> Path<'a, S> {
         }
 
         let install = Install::<S> { page, witness: self.witness(block) };
-        self.install::<M>(install, slot, since, block, cache)
+        self.install::<M>(install, slots, slot, since, block, cache)
+    }
+
+    fn is_logged(&self, slot: &Memslot) -> bool {
+        self.fault.is_write() && slot.flags.contains(SlotFlags::LOG_DIRTY)
+    }
+
+    /// The entry was made writable: only now is that recorded, and before the guest is entered. See `dirty_bitmap`.
+    fn log(&self, slots: &SlotSet, slot: &Memslot) {
+        if !self.is_logged(slot) {
+            return;
+        }
+        let gfn = self.fault.gfn;
+        match self.ring {
+            Some(ring) => ring.push(DirtyFrame { space: slot.space, slot: slot.id, gfn }),
+            None => {
+                if let Some(bitmap) = slots.log_of(slot) {
+                    bitmap.set(gfn - slot.base);
+                }
+            }
+        }
     }
 
     fn looks_doomed(&self, check: Precheck, since: Snapshot, block: GfnRange) -> bool {
@@ -251,6 +282,7 @@ impl<'a, S: SecondaryMmu> Path<'a, S> {
     fn install<M>(
         &self,
         mut install: Install<'a, S>,
+        slots: &SlotSet,
         slot: &Memslot,
         since: Snapshot,
         block: GfnRange,
@@ -270,7 +302,15 @@ impl<'a, S: SecondaryMmu> Path<'a, S> {
             return Ok(retry(RetryPoint::UnderLock, block));
         };
         let writable = install.page.page().is_writable() && !slot.flags.contains(SlotFlags::READ_ONLY);
+        if mutation::active(Mutation::MarkBeforeInstall) {
+            self.log(slots, slot);
+        }
         let mapped = secondary.map(fresh, slot, self.fault, install.page.page(), cache);
+        if let Ok(Mapped::Fixed) = mapped
+            && !mutation::active(Mutation::MarkBeforeInstall)
+        {
+            self.log(slots, slot);
+        }
         if mutation::active(Mutation::ReleaseAfterUnlock) {
             let Install { mut page, witness } = install;
             drop(witness);

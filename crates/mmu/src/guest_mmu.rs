@@ -1,18 +1,21 @@
 //! One virtual machine's secondary MMU: what faults, invalidations and memslot updates share.
 
 use alloc::boxed::Box;
+use alloc::sync::Arc;
+use alloc::vec::Vec;
 use core::fmt;
 
 use crate::active::ActiveEvents;
 use crate::addr::{Gfn, GfnRange};
-use crate::host::{Blocking, SecondaryMmu, Zap};
+use crate::dirty_ring::DirtyRing;
+use crate::host::{Blocking, SecondaryMmu};
 use crate::intent::Barrier;
 use crate::invalidation::{Invalidations, SequenceScope, Snapshot, Stale};
 use crate::mmu_lock::{MmuLock, MmuWriteGuard};
 use crate::mutation::{self, Mutation};
 use crate::platform::Platform;
 use crate::ranges::Coverage;
-use crate::slots::{Memslot, SlotError, SlotFlags, SlotId, SlotSet, SlotState, SpaceId};
+use crate::slots::{Memslot, SlotError, SlotId, SlotSet, SlotState, SpaceId};
 use crate::stats::{FaultStats, InvalidationCounters, InvalidationStats};
 use crate::sync::{AtomicPtr, AtomicU32, CachePadded, Ordering, ParkWord, Shared};
 use crate::vcpu_words::VcpuWords;
@@ -103,6 +106,8 @@ pub struct GuestMmu<S: SecondaryMmu> {
     /// Bumped by every end, for those who wait for one. Bit 0: someone does.
     ended: CachePadded<ParkWord>,
     released: AtomicU32,
+    /// The rings of the vCPUs that have one.
+    pub(crate) rings: Shared<S::Platform, Vec<Arc<DirtyRing>>>,
     /// Counts of vCPUs that are gone.
     pub(crate) retired: Shared<S::Platform, FaultStats>,
 }
@@ -135,6 +140,7 @@ impl<S: SecondaryMmu> GuestMmu<S> {
             updates: Shared::new(()),
             ended: CachePadded(ParkWord::new(0)),
             released: AtomicU32::new(0),
+            rings: Shared::new(Vec::new()),
             retired: Shared::new(FaultStats::default()),
         }
     }
@@ -280,19 +286,6 @@ impl<S: SecondaryMmu> GuestMmu<S> {
             slot.base = base;
             slot.state = SlotState::Valid;
         })?);
-        Ok(())
-    }
-
-    /// Turns dirty logging of a slot on or off. A slot is created read-only or not, for good.
-    pub fn set_dirty_logging(&self, space: SpaceId, id: SlotId, on: bool) -> Result<(), SlotError> {
-        let _update = self.updates.write();
-        self.replace(self.slot_set().changed(space, id, |slot| slot.flags.set(SlotFlags::LOG_DIRTY, on))?);
-        let slot = self.slot_set().get(space, id)?;
-        if on {
-            let mut walk = ZapWalk::start(self, Blocking::Allowed);
-            self.secondary.zap(&slot, slot.gfns(), Zap::TrackDirty, &mut walk);
-            walk.finish();
-        }
         Ok(())
     }
 

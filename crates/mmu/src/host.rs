@@ -256,6 +256,9 @@ pub trait SecondaryMmu: Sized + Send + Sync {
     /// Why an install can fail for good.
     type Error: fmt::Debug + fmt::Display;
 
+    /// Whether an entry tells a page that was written from one that may be, so that [`clean`](Self::clean) finds out.
+    const HAS_DIRTY_MARKS: bool = false;
+
     /// The virtual machine that it is part of, once, before anything else: what its [`Walking`] tokens will say.
     fn attach(&mut self, _machine: MachineId) {}
 
@@ -311,6 +314,17 @@ pub trait SecondaryMmu: Sized + Send + Sync {
     /// Removes every translation of `slot`, which goes or moves: tables that were there for it alone may go, too.
     fn zap_slot(&self, slot: &Memslot, walk: &mut ZapWalk<'_, Self>) {
         self.zap(slot, slot.gfns(), Zap::Unmap, walk);
+    }
+
+    /// Takes the marks of past writes away from the translations of `gfns` of `slot`, and tells `written` of each. Only where
+    /// [`HAS_DIRTY_MARKS`](Self::HAS_DIRTY_MARKS).
+    fn clean(
+        &self,
+        _slot: &Memslot,
+        _gfns: GfnRange,
+        _walk: &mut ZapWalk<'_, Self>,
+        _written: &mut dyn FnMut(GfnRange),
+    ) {
     }
 
     /// Maps every frame of `gfns` of `slot` singly that a larger page maps, without anyone noticing. `false`: there is no

@@ -191,6 +191,9 @@ extern crate std;
 
 mod active;
 mod addr;
+mod dirty_bitmap;
+mod dirty_log;
+mod dirty_ring;
 mod fault;
 mod guest_mmu;
 mod host;
@@ -216,6 +219,9 @@ mod vcpu_words;
 mod zap;
 
 pub use addr::{FRAME_BYTES, FRAME_SHIFT, Gfn, GfnRange, Gpa, Hva, HvaRange, Level, PageSize, Pfn, PfnRange};
+pub use dirty_bitmap::Initially;
+pub use dirty_log::LogBy;
+pub use dirty_ring::{DirtyFrame, DirtyRing};
 pub use guest_mmu::{GuestMmu, Policy, Precheck, WitnessKind, YieldPolicy};
 pub use host::{
     Access, Age, Blocking, CachedMmio, FastFault, Fault, FaultInError, FaultKind, Found, Mapped, Notifier,

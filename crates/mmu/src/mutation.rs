@@ -109,6 +109,12 @@ pub enum Mutation {
     FreeWithoutQuiescence,
     /// A table is freed without the flush before (rule F3).
     FreeWithoutFlush,
+    /// A round of the dirty log protects frames before it takes their bits.
+    ProtectBeforeTake,
+    /// A fault sets the bit of the dirty log before it makes the entry writable.
+    MarkBeforeInstall,
+    /// The fast path makes an entry writable and says nothing to the dirty log.
+    FastFaultUnlogged,
     /// The primary MMU discards pages without an invalidation.
     DiscardWithoutInvalidation,
     /// The primary MMU evicts pages without an invalidation.

@@ -93,6 +93,10 @@ pub enum FaultError<E: fmt::Debug + fmt::Display, M: fmt::Debug + fmt::Display> 
         /// How it was accessed.
         accessed: Privacy,
     },
+    /// The vCPU's dirty ring is all but full: collect and [reset](crate::GuestMmu::reset_dirty_rings) it, then let the guest
+    /// go on.
+    #[error("the dirty ring is full: guest frame {0} cannot be logged before it is reset")]
+    DirtyRingFull(Gfn),
     /// The page's content is lost; poison is installed in its place.
     #[error("the content of guest frame {gfn} is lost and it is poisoned: {cause}")]
     Poisoned {

@@ -17,10 +17,12 @@
 //! Source: Linux `kvm_set_memslot`, `kvm_swap_active_memslots`, `kvm_invalidate_memslot`.
 
 use alloc::boxed::Box;
+use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::fmt;
 
 use crate::addr::{FRAME_BYTES, FRAME_SHIFT, Gfn, GfnRange, Hva, HvaRange};
+use crate::dirty_bitmap::DirtyBitmap;
 use crate::mutation::{self, Mutation};
 use crate::sync::{AtomicU64, Ordering};
 
@@ -46,6 +48,9 @@ bitflags::bitflags! {
         const READ_ONLY = 1;
         /// Writes are recorded; frames are mapped singly.
         const LOG_DIRTY = 2;
+        /// With `LOG_DIRTY`: from the second round on by the marks that hardware sets, so that what is read is mapped
+        /// writable.
+        const LOG_BY_MARKS = 4;
     }
 }
 
@@ -178,6 +183,22 @@ pub enum SlotError {
     /// There is no memory for what was asked; it is done in part.
     #[error("there is no memory for the tables of memslot {}", .0.0)]
     NoMemory(SlotId),
+    /// The slot is not logged.
+    #[error("the writes to memslot {} are not logged: start that first", .0.0)]
+    NotLogged(SlotId),
+    /// The tables do not tell written pages from others.
+    #[error("memslot {} cannot be logged by marks: these tables have none", .0.0)]
+    NoDirtyMarks(SlotId),
+    /// Not a part of the log.
+    #[error("{words} words from frame {first} on are no part of the log of memslot {}", .id.0)]
+    NotInLog {
+        /// The slot.
+        id: SlotId,
+        /// The first frame.
+        first: u64,
+        /// How many words.
+        words: usize,
+    },
     /// The guest frames belong to another slot.
     #[error("memslot {} would overlap memslot {}", .id.0, .other.0)]
     Overlap {
@@ -200,6 +221,8 @@ pub struct SlotSet {
     generation: AtomicU64,
     /// Sorted by space, then by base. Never overlapping within a space.
     by_gfn: Vec<Memslot>,
+    /// What was written to each, where that is logged; in the same order.
+    logs: Vec<Log>,
     /// Sorted by address. May overlap: several slots can show one host range.
     by_hva: Vec<ByHva>,
     /// Has loom notice a set that is used while it is freed.
@@ -214,6 +237,9 @@ impl Drop for SlotSet {
     }
 }
 
+/// The log of a slot: shared by all sets that have the slot.
+type Log = Option<Arc<DirtyBitmap>>;
+
 const UPDATING: u64 = 1 << 63;
 
 impl fmt::Debug for SlotSet {
@@ -227,12 +253,12 @@ impl fmt::Debug for SlotSet {
 
 impl SlotSet {
     pub(crate) fn empty() -> Box<Self> {
-        Self::of(Vec::new(), Vec::new(), 0)
+        Self::of(Vec::new(), Vec::new(), Vec::new(), 0)
     }
 
-    fn with(slots: Vec<Memslot>, generation: u64) -> Box<Self> {
-        let mut by_gfn = slots;
-        by_gfn.sort_unstable_by_key(|slot| (slot.space, slot.base));
+    fn with(mut slots: Vec<(Memslot, Log)>, generation: u64) -> Box<Self> {
+        slots.sort_unstable_by_key(|(slot, _)| (slot.space, slot.base));
+        let (by_gfn, logs): (Vec<_>, Vec<_>) = slots.into_iter().unzip();
         let mut by_address = by_gfn.clone();
         by_address.sort_unstable_by_key(|slot| slot.hva);
         let mut reach = Hva::new(0);
@@ -243,17 +269,23 @@ impl SlotSet {
                 ByHva { reach, slot }
             })
             .collect();
-        Self::of(by_gfn, by_hva, generation | UPDATING)
+        Self::of(by_gfn, logs, by_hva, generation | UPDATING)
     }
 
-    fn of(by_gfn: Vec<Memslot>, by_hva: Vec<ByHva>, generation: u64) -> Box<Self> {
+    fn of(by_gfn: Vec<Memslot>, logs: Vec<Log>, by_hva: Vec<ByHva>, generation: u64) -> Box<Self> {
         Box::new(Self {
             generation: AtomicU64::new(generation),
             by_gfn,
+            logs,
             by_hva,
             #[cfg(loom)]
             watched: loom::cell::UnsafeCell::new(()),
         })
+    }
+
+    /// The slots with their logs, to make the next set of.
+    fn parts(&self) -> Vec<(Memslot, Log)> {
+        self.by_gfn.iter().copied().zip(self.logs.iter().cloned()).collect()
     }
 
     /// The generation, if no update is in progress; MMIO entries are valid under exactly one.
@@ -325,14 +357,14 @@ impl SlotSet {
             return Err(SlotError::Exists(slot.id));
         }
         self.check_overlap(&slot)?;
-        let mut slots = self.by_gfn.clone();
-        slots.push(slot);
+        let mut slots = self.parts();
+        slots.push((slot, None));
         Ok(Self::with(slots, self.next_generation()))
     }
 
     /// The set without one slot.
     pub(crate) fn deleted(&self, space: SpaceId, id: SlotId) -> Result<Box<Self>, SlotError> {
-        let mut slots = self.by_gfn.clone();
+        let mut slots = self.parts();
         slots.remove(self.position(space, id)?);
         Ok(Self::with(slots, self.next_generation()))
     }
@@ -344,12 +376,41 @@ impl SlotSet {
         id: SlotId,
         change: impl FnOnce(&mut Memslot),
     ) -> Result<Box<Self>, SlotError> {
-        let mut slots = self.by_gfn.clone();
-        let slot = &mut slots[self.position(space, id)?];
+        let mut slots = self.parts();
+        let (slot, _) = &mut slots[self.position(space, id)?];
         change(slot);
         slot.check()?;
         self.check_overlap(slot)?;
         Ok(Self::with(slots, self.next_generation()))
+    }
+
+    /// The set with one slot logged in this way, or not.
+    pub(crate) fn logged(
+        &self,
+        space: SpaceId,
+        id: SlotId,
+        flags: SlotFlags,
+        log: Log,
+    ) -> Result<Box<Self>, SlotError> {
+        let mut slots = self.parts();
+        let (slot, kept) = &mut slots[self.position(space, id)?];
+        slot.flags = slot.flags.difference(SlotFlags::LOG_DIRTY | SlotFlags::LOG_BY_MARKS) | flags;
+        *kept = log;
+        Ok(Self::with(slots, self.next_generation()))
+    }
+
+    /// A slot and its log.
+    pub(crate) fn log(&self, space: SpaceId, id: SlotId) -> Result<(Memslot, Arc<DirtyBitmap>), SlotError> {
+        let index = self.position(space, id)?;
+        let log = self.logs[index].as_ref().ok_or(SlotError::NotLogged(id))?;
+        Ok((self.by_gfn[index], Arc::clone(log)))
+    }
+
+    /// The log of a slot of this set.
+    pub(crate) fn log_of(&self, slot: &Memslot) -> Option<&DirtyBitmap> {
+        let key = |slot: &Memslot| (slot.space, slot.base);
+        let index = self.by_gfn.binary_search_by_key(&key(slot), key).ok()?;
+        self.logs[index].as_deref()
     }
 
     fn check_overlap(&self, new: &Memslot) -> Result<(), SlotError> {

@@ -5,6 +5,7 @@ use core::cell::Cell;
 use core::fmt;
 
 use crate::addr::{Gfn, GfnRange, Hva, HvaRange};
+use crate::dirty_ring::DirtyRing;
 use crate::fault::Path;
 use crate::guest_mmu::{GuestMmu, WitnessKind};
 use crate::host::{Fault, PrimaryMmu, SecondaryMmu};
@@ -21,6 +22,7 @@ pub struct Vcpu<'m, S: SecondaryMmu> {
     cache: S::Cache,
     section: u32,
     near: usize,
+    ring: Option<Arc<DirtyRing>>,
     retries: Retries,
     /// Whether it ever enters the guest.
     enters: Cell<bool>,
@@ -43,6 +45,7 @@ impl<S: SecondaryMmu> GuestMmu<S> {
             cache: S::Cache::default(),
             section: 0,
             near: 0,
+            ring: None,
             retries: Retries::default(),
             enters: Cell::new(false),
             served: Cell::new(false),
@@ -53,6 +56,9 @@ impl<S: SecondaryMmu> GuestMmu<S> {
 impl<S: SecondaryMmu> Drop for Vcpu<'_, S> {
     fn drop(&mut self) {
         self.shared.leave_guest::<S::Platform>();
+        if let Some(ring) = &self.ring {
+            ring.abandon();
+        }
         let mut retired = self.mmu.retired.write();
         self.mmu.vcpus.unregister(&self.shared);
         self.shared.counters.add_to(&mut retired);
@@ -95,6 +101,18 @@ impl<'m, S: SecondaryMmu> Vcpu<'m, S> {
         self.mmu.walker(&self.shared)
     }
 
+    /// Has the frames that this vCPU writes logged in a ring of `entries` entries, and no more in the slots' bitmaps.
+    ///
+    /// A ring that it had before gets nothing more.
+    pub fn log_in_ring(&mut self, entries: usize) -> Arc<DirtyRing> {
+        let ring = Arc::new(DirtyRing::new(entries));
+        self.mmu.rings.write().push(Arc::clone(&ring));
+        if let Some(old) = self.ring.replace(Arc::clone(&ring)) {
+            old.abandon();
+        }
+        ring
+    }
+
     /// Enters guest mode. `Err`: requests wait and must be served first; the vCPU is outside.
     pub fn enter_guest(&self) -> Result<(), Requests> {
         self.enters.set(true);
@@ -124,7 +142,8 @@ impl<'m, S: SecondaryMmu> Vcpu<'m, S> {
         let section = self.mmu.enter(&self.shared.reader, self.section);
         let turn_after = self.mmu.policy.turn_after;
         let is_starved = turn_after.is_some_and(|times| self.retries.of(fault.space, fault.gfn) >= times);
-        let path = Path { mmu: self.mmu, shared: &self.shared, fault, is_starved };
+        let ring = self.ring.as_deref();
+        let path = Path { mmu: self.mmu, shared: &self.shared, fault, ring, is_starved };
         let result = path.walk(primary, section.slots(), &mut self.near, &mut self.cache);
         drop(section);
         self.shared.counters.count(&result);

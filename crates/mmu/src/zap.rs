@@ -17,12 +17,14 @@ use core::marker::PhantomData;
 use core::{fmt, mem};
 
 use crate::addr::{GfnRange, Pfn};
+use crate::dirty_log;
 use crate::guest_mmu::{GuestMmu, YieldPolicy};
 use crate::host::{Blocking, SecondaryMmu};
 use crate::intent::Walking;
 use crate::mmu_lock::{MmuWriteGuard, Witness};
 use crate::mutation::{self, Mutation};
 use crate::platform::Platform;
+use crate::slots::{Memslot, SlotFlags};
 use crate::sync::Ordering;
 
 /// What one step of a zap did.
@@ -214,6 +216,17 @@ impl<S: SecondaryMmu> Steps<'_, '_, S> {
             YieldPolicy::OnContention => self.guard.is_contended() || S::Platform::resched_wanted(),
             YieldPolicy::OnResched => S::Platform::resched_wanted(),
             YieldPolicy::Never => false,
+        }
+    }
+
+    /// The guest wrote to frames of `gfns` through a translation that goes, or may be written no more. Where writes to the
+    /// slot are logged, these are.
+    pub fn written(&self, slot: &Memslot, gfns: GfnRange) {
+        // An active event, or the lock of memslot updates, keeps the set in place while a walk lasts.
+        if slot.flags.contains(SlotFlags::LOG_DIRTY)
+            && let Some(bitmap) = self.mmu.slot_set().log_of(slot)
+        {
+            dirty_log::set(bitmap, slot, gfns);
         }
     }
 

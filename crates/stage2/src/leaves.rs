@@ -80,7 +80,7 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
             match change(&entry) {
                 Change::Did(leaf) => did(leaf),
                 Change::Gone => {}
-                Change::Frozen => {
+                Change::LookAgain => {
                     crate::sync::spin();
                     leaves.look_again(entry.gfns());
                 }
@@ -160,15 +160,15 @@ impl<'t, F: Format, M: TableMemory> Iterator for Leaves<'t, F, M> {
 }
 
 /// What became of a change of a leaf.
-#[must_use = "a frozen entry is to be looked at again"]
+#[must_use = "an entry that changes is to be looked at again"]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Change {
     /// It took place; what the leaf said before, with every mark that was set by then.
     Did(Leaf),
     /// It is a leaf no more.
     Gone,
-    /// Its owner is in mid-change: look again, from the root ([`Leaves::look_again`]).
-    Frozen,
+    /// Its owner is in mid-change, or it was split: look again, from the root ([`Leaves::look_again`]).
+    LookAgain,
 }
 
 /// An entry that held a leaf, or was frozen, when the walk came by.
@@ -236,7 +236,8 @@ impl<F: Format> LeafEntry<'_, F> {
         loop {
             let leaf = match F::decode(raw, self.level) {
                 Entry::Leaf(leaf) => leaf,
-                Entry::Frozen => return Change::Frozen,
+                Entry::Table(_) if mutation::active(Mutation::ZapMissesSplit) => return Change::Gone,
+                Entry::Frozen | Entry::Table(_) => return Change::LookAgain,
                 _ => return Change::Gone,
             };
             let new = match next(leaf) {

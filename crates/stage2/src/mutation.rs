@@ -24,6 +24,8 @@ pub enum Mutation {
     FrozenOverwritten,
     /// A zap passes a frozen entry by.
     ZapSkipsFrozen,
+    /// A zap that finds a leaf split since it looked takes its parts for gone.
+    ZapMissesSplit,
     /// A leaf becomes a leaf of another frame without a zap in between.
     ConflictOverwritten,
     /// A large leaf is installed though only the faulting frame was verified.

@@ -152,7 +152,7 @@ fn writable<R: PageRef>(slot: &Memslot, fault: &Fault, page: &R) -> Writable {
         Writable::HostOnly
     } else if fault.is_write() {
         Writable::Dirty
-    } else if slot.flags.contains(SlotFlags::LOG_DIRTY) {
+    } else if slot.flags.contains(SlotFlags::LOG_DIRTY) && !slot.flags.contains(SlotFlags::LOG_BY_MARKS) {
         Writable::Protected
     } else {
         Writable::Clean
@@ -164,6 +164,8 @@ impl<F: Format, H: Host> SecondaryMmu for Stage2<F, H> {
     type Page = H::Page;
     type Cache = TableCache<H::Memory>;
     type Error = MapError;
+
+    const HAS_DIRTY_MARKS: bool = F::HAS_DIRTY;
 
     fn attach(&mut self, machine: MachineId) {
         self.machine = Some(machine);
@@ -250,9 +252,23 @@ impl<F: Format, H: Host> SecondaryMmu for Stage2<F, H> {
     }
 
     fn zap_slot(&self, slot: &Memslot, walk: &mut ZapWalk<'_, Self>) {
+        if slot.flags.contains(SlotFlags::LOG_DIRTY) {
+            // A slot that moves takes its log with it.
+            self.zap_leaves(slot, slot.gfns(), Zap::Unmap, walk);
+        }
         self.zap_tables(slot, walk);
         // Leaves in tables that reach beyond the slot.
         self.zap_leaves(slot, slot.gfns(), Zap::Unmap, walk);
+    }
+
+    fn clean(
+        &self,
+        slot: &Memslot,
+        gfns: GfnRange,
+        walk: &mut ZapWalk<'_, Self>,
+        written: &mut dyn FnMut(GfnRange),
+    ) {
+        self.clean_leaves(slot, gfns, walk, written);
     }
 
     fn split_large(&self, slot: &Memslot, gfns: GfnRange, walk: &mut ZapWalk<'_, Self>) -> bool {

@@ -18,7 +18,8 @@
 //! # Frozen
 //!
 //! A frozen entry belongs to the thread that froze it, which alone writes it next. An install that meets one backs off; a
-//! zap waits, and looks again from the root, since the entry may be in a table that is gone by then. Entries are frozen
+//! zap waits, and looks again from the root, since the entry may be in a table that is gone by then (or say by then that
+//! it was split). Entries are frozen
 //! for three changes, each of which holds `mmu_lock` from the first frozen entry to the last:
 //!
 //! * **Removal and collapse** freeze every entry of a table, so that nobody installs below, and then unlink it. The

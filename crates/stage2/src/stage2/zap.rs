@@ -21,23 +21,73 @@ use crate::mutation::{self, Mutation};
 
 impl<F: Format, H: Host> Stage2<F, H> {
     pub(super) fn zap_leaves(&self, slot: &Memslot, gfns: GfnRange, zap: Zap, walk: &mut ZapWalk<'_, Self>) {
+        self.each_leaf(slot, gfns, walk, |entry, steps| {
+            let (kept, before) = zap_leaf(entry, zap);
+            let Change::Did(leaf) = before else { return before };
+            // What is protected for the log is in it already.
+            let goes = zap != Zap::TrackDirty || !kept;
+            if goes && leaf.writable == Writable::Dirty && !mutation::active(Mutation::ZapLosesDirty) {
+                steps.written(slot, entry.gfns());
+            }
+            // What could not be written before is as no CPU can write it: that was flushed under the lock.
+            let nothing =
+                kept && (!leaf.writable.is_allowed() || mutation::active(Mutation::ProtectWithoutFlush));
+            if nothing { Change::Gone } else { before }
+        });
+    }
+
+    /// Takes the marks of past writes; each is `written`.
+    pub(super) fn clean_leaves(
+        &self,
+        slot: &Memslot,
+        gfns: GfnRange,
+        walk: &mut ZapWalk<'_, Self>,
+        written: &mut dyn FnMut(GfnRange),
+    ) {
+        self.each_leaf(slot, gfns, walk, |entry, _| match entry.clean() {
+            Change::Did(leaf) if leaf.writable == Writable::Dirty => {
+                written(entry.gfns());
+                Change::Did(leaf)
+            }
+            // Nothing is cached that is not so.
+            Change::Did(_) => Change::Gone,
+            other => other,
+        });
+    }
+
+    /// Changes leaf after leaf, and waits where one is frozen. What was done to CPUs' cached translations `change` says:
+    /// nothing, if the leaf is [`Change::Gone`].
+    fn each_leaf(
+        &self,
+        slot: &Memslot,
+        gfns: GfnRange,
+        walk: &mut ZapWalk<'_, Self>,
+        mut change: impl FnMut(&LeafEntry<'_, F>, &mut Steps<'_, '_, Self>) -> Change,
+    ) {
         let mut left = gfns;
-        while self.zap_some(slot, &mut left, zap, walk) == Turn::GiveWay {
+        while self.some_leaves(slot, &mut left, walk, &mut change) == Turn::GiveWay {
             walk.give_way();
         }
     }
 
-    /// Zaps until nothing is left, or the walk has to give way.
-    fn zap_some(&self, slot: &Memslot, left: &mut GfnRange, zap: Zap, walk: &mut ZapWalk<'_, Self>) -> Turn {
+    /// Until nothing is left, or the walk has to give way.
+    fn some_leaves(
+        &self,
+        slot: &Memslot,
+        left: &mut GfnRange,
+        walk: &mut ZapWalk<'_, Self>,
+        change: &mut impl FnMut(&LeafEntry<'_, F>, &mut Steps<'_, '_, Self>) -> Change,
+    ) -> Turn {
         let (walking, mut steps) = walk.parts();
         let Some(tables) = self.tables(slot.space, walking) else { return Turn::GoOn };
         let mut leaves = tables.leaves(*left);
         while let Some(step) = leaves.next() {
             let (done, zapped) = match step {
                 Step::Gap(gap) => (gap, Zapped::Nothing),
-                Step::Leaf(entry) => match zap_leaf(&entry, zap) {
-                    Some(zapped) => (entry.gfns(), zapped),
-                    None => {
+                Step::Leaf(entry) => match change(&entry, &mut steps) {
+                    Change::Did(leaf) => (entry.gfns(), Zapped::Unflushed(leaf.size.frames())),
+                    Change::Gone => (entry.gfns(), Zapped::Nothing),
+                    Change::LookAgain => {
                         crate::sync::spin();
                         leaves.look_again(entry.gfns());
                         continue;
@@ -96,27 +146,17 @@ impl<F: Format, H: Host> Stage2<F, H> {
     }
 }
 
-/// `None`: the entry is frozen.
-fn zap_leaf<F: Format>(entry: &LeafEntry<'_, F>, zap: Zap) -> Option<Zapped> {
+/// Zaps one leaf; whether it stays, write-protected, and what it said before.
+fn zap_leaf<F: Format>(entry: &LeafEntry<'_, F>, zap: Zap) -> (bool, Change) {
     let is_large = entry.gfns().len() > 1;
     let left = match zap {
         Zap::Unmap => None,
         Zap::WriteProtect => (!is_large).then_some(Writable::Never),
         Zap::TrackDirty => (!is_large || !F::BREAK_BEFORE_MAKE).then_some(Writable::Protected),
     };
-    let change = match left {
-        None => entry.take_away(),
-        Some(left) => entry.write_protect(left),
-    };
-    match change {
-        // What could not be written before is as no CPU can write it: that was flushed under the lock.
-        Change::Did(before) if left.is_some() && !before.writable.is_allowed() => Some(Zapped::Nothing),
-        Change::Did(_) if left.is_some() && mutation::active(Mutation::ProtectWithoutFlush) => {
-            Some(Zapped::Nothing)
-        }
-        Change::Did(before) => Some(Zapped::Unflushed(before.size.frames())),
-        Change::Gone => Some(Zapped::Nothing),
-        Change::Frozen => None,
+    match left {
+        None => (false, entry.take_away()),
+        Some(left) => (true, entry.write_protect(left)),
     }
 }
 

@@ -1,0 +1,68 @@
+//! Each rule of the tables, switched off: a scenario that holds with it fails without it.
+//!
+//! What only a rare schedule shows is left to `shuttle.rs`: `RemovedTableThaws`, `CollapseWithoutFreezing`.
+
+#[expect(dead_code, reason = "only some scenarios are about a rule that can be switched off")]
+mod scenarios;
+mod support;
+
+use std::panic::{catch_unwind, set_hook, take_hook};
+use std::sync::{Mutex, PoisonError};
+
+use afterimage_mmu::mutation as engine;
+use afterimage_stage2::mutation::{self, Mutation};
+use afterimage_stage2::{Npt, Vmsa};
+
+use scenarios::{dirty, frozen, large};
+
+type X86 = Npt<4>;
+/// Needs break-before-make.
+type Arm = Vmsa<40>;
+
+/// A mutation is switched on for the whole process.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+#[track_caller]
+fn fails_without(rule: &str, switch: fn(bool), scenario: fn()) {
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    scenario();
+    let hook = take_hook();
+    set_hook(Box::new(|_| ()));
+    switch(true);
+    let result = catch_unwind(scenario);
+    switch(false);
+    set_hook(hook);
+    assert!(result.is_err(), "nothing noticed that {rule} was on");
+}
+
+macro_rules! rules {
+    ($($name:ident: $rule:ident of $switches:ident is noticed by $($scenario:expr),+;)+) => {
+        $(#[test]
+        fn $name() {
+            $(fails_without(stringify!($rule), |on| rules!(@$switches $rule on), $scenario);)+
+        })+
+    };
+    (@tables $rule:ident $on:ident) => { mutation::set($on.then_some(Mutation::$rule)) };
+    (@engine $rule:ident $on:ident) => { engine::set($on.then_some(engine::Mutation::$rule)) };
+}
+
+rules! {
+    tables_are_freed_after_the_last_walk: FreeAtOnce of tables is noticed by large::tables_outlive_walks::<X86>;
+    the_engine_waits_for_walks: FreeWithoutQuiescence of engine is noticed by large::tables_outlive_walks::<X86>;
+    a_split_breaks_first: SplitWithoutBreak of tables is noticed by
+        large::split_and_recover::<Arm>, frozen::zaps_wait::<Arm>;
+    a_split_keeps_marks: SplitLosesDirty of tables is noticed by large::marks_are_kept::<X86>;
+    a_collapse_keeps_marks: CollapseLosesDirty of tables is noticed by large::marks_are_kept::<X86>;
+    a_frozen_entry_is_not_overwritten: FrozenOverwritten of tables is noticed by frozen::installs_back_off::<Arm>;
+    a_frozen_entry_is_not_passed_by: ZapSkipsFrozen of tables is noticed by frozen::zaps_wait::<Arm>;
+    a_split_is_followed: ZapMissesSplit of tables is noticed by frozen::zaps_follow_splits::<X86>;
+    a_leaf_keeps_its_frame: ConflictOverwritten of tables is noticed by frozen::no_leaf_becomes_another::<X86>;
+    a_large_page_is_verified_as_a_whole: LargeBeyondVerdict of tables is noticed by
+        large::neighbours_are_verified::<X86>;
+    private_and_shared_do_not_mix: MixedLarge of tables is noticed by large::mixed_blocks::<X86>;
+    logged_frames_are_mapped_singly: LoggedLarge of tables is noticed by
+        large::huge_pages::<X86>, large::huge_pages::<Arm>;
+    a_protection_is_flushed: ProtectWithoutFlush of tables is noticed by dirty::rounds_flush::<X86>;
+    a_zap_keeps_marks: ZapLosesDirty of tables is noticed by dirty::written_and_gone::<X86>;
+    the_fast_path_is_logged: FastFaultUnlogged of engine is noticed by dirty::rounds::<X86>;
+}

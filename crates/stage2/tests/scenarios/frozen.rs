@@ -1,0 +1,91 @@
+//! What others do while an entry is frozen. Only where break-before-make freezes one for long enough to look.
+
+use afterimage_mmu::{Gfn, GfnRange, Mapped, PageSize, Pfn};
+use afterimage_stage2::{
+    Change, Entry, Execute, Format, HeapMemory, Leaf, MapError, MemoryType, Split, Step, TableCache, Tables,
+    Writable,
+};
+
+const LARGE: Leaf = Leaf {
+    pfn: Pfn::new(0x200),
+    size: PageSize::Size2M,
+    writable: Writable::Dirty,
+    execute: Execute::Always,
+    memory: MemoryType::WriteBack,
+    accessed: true,
+};
+const GFN: Gfn = Gfn::new(5);
+
+fn page(pfn: u64) -> Leaf {
+    Leaf { pfn: Pfn::new(pfn), size: PageSize::Size4K, ..LARGE }
+}
+
+/// Tables with one large leaf, and room for what comes.
+fn tables<F: Format>() -> (Tables<F, HeapMemory>, TableCache<HeapMemory>) {
+    let tables = Tables::new(HeapMemory::default()).expect("the heap has room");
+    let mut cache = TableCache::default();
+    assert!(tables.top_up(&mut cache));
+    assert_eq!(tables.map(GFN, LARGE, &mut cache), Ok(Mapped::Fixed));
+    assert!(tables.top_up(&mut cache));
+    (tables, cache)
+}
+
+/// An install backs off.
+pub(crate) fn installs_back_off<F: Format>() {
+    let (tables, mut cache) = tables::<F>();
+    let mut others = TableCache::default();
+    assert!(tables.top_up(&mut others));
+    let split = tables.split(GFN, &mut cache, |gfns| {
+        assert_eq!(gfns, GFN.block(PageSize::Size2M));
+        assert_eq!(tables.walk(GFN).entry, Entry::Frozen);
+        assert_eq!(tables.map(GFN, LARGE, &mut others), Ok(Mapped::LostRace));
+        assert_eq!(tables.map(GFN, page(0x205), &mut others), Ok(Mapped::LostRace));
+    });
+    assert_eq!(split, Ok(Split::Done(PageSize::Size4K)));
+    assert_eq!(tables.walk(GFN).entry, Entry::Leaf(page(0x205)));
+}
+
+/// A zap waits, and takes what is there then.
+pub(crate) fn zaps_wait<F: Format>() {
+    let (tables, mut cache) = tables::<F>();
+    let tables = &tables;
+    let zapped = std::thread::scope(|scope| {
+        let mut zap = None;
+        let split = tables.split(GFN, &mut cache, |_| {
+            let zapping = zap.insert(scope.spawn(|| tables.zap(GfnRange::frame(GFN))));
+            // As long as it takes to end if it does not wait, on any but the busiest of machines.
+            for _ in 0..10_000 {
+                if zapping.is_finished() {
+                    break;
+                }
+                std::thread::yield_now();
+            }
+        });
+        assert_eq!(split, Ok(Split::Done(PageSize::Size4K)));
+        zap.expect("the split flushes").join().expect("it does not panic")
+    });
+    assert_eq!(zapped, 1);
+    assert_eq!(tables.walk(GFN).entry, Entry::Absent);
+    assert_eq!(tables.walk(Gfn::new(6)).entry, Entry::Leaf(page(0x206)));
+}
+
+/// A zap that finds the leaf split since it looked goes down to its parts.
+pub(crate) fn zaps_follow_splits<F: Format>() {
+    let (tables, mut cache) = tables::<F>();
+    let mut leaves = tables.leaves(GfnRange::frame(GFN));
+    let Some(Step::Leaf(entry)) = leaves.next() else { panic!("it is mapped") };
+    assert_eq!(tables.split(GFN, &mut cache, |_| ()), Ok(Split::Done(PageSize::Size4K)));
+    assert_eq!(entry.take_away(), Change::LookAgain);
+    leaves.look_again(entry.gfns());
+    let Some(Step::Leaf(entry)) = leaves.next() else { panic!("it is mapped") };
+    assert_eq!(entry.take_away(), Change::Did(page(0x205)));
+    assert!(leaves.next().is_none());
+}
+
+/// A frame's translation changes only by way of nothing.
+pub(crate) fn no_leaf_becomes_another<F: Format>() {
+    let (tables, mut cache) = tables::<F>();
+    let conflict = tables.map(GFN, Leaf { pfn: Pfn::new(0x400), ..LARGE }, &mut cache);
+    assert!(matches!(conflict, Err(MapError::Conflict { .. })), "{conflict:?}");
+    assert_eq!(tables.walk(GFN).entry, Entry::Leaf(LARGE));
+}

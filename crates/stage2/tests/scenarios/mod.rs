@@ -1,0 +1,6 @@
+//! What must hold, as functions over any format: `engine.rs` runs each, `mutations.rs` runs them with a rule switched off.
+
+pub(crate) mod dirty;
+pub(crate) mod faults;
+pub(crate) mod frozen;
+pub(crate) mod large;
