@@ -33,7 +33,7 @@ use crate::report::VcpuEnd;
 ///
 /// # Safety
 ///
-/// What [`frame`](Self::frame) gives stays mapped, readable and writable, 4 KiB long and aligned, as long as the memory lives,
+/// What [`frame`](Self::frame) gives stays mapped, readable and writable, 4 KiB long and aligned to 8 bytes, as long as the memory lives,
 /// and is not accessed but by atomics while a guest can reach it.
 #[expect(unsafe_code, reason = "the promise that vCPUs rely on")]
 // UNSAFETY: vCPUs access frames by the addresses that implementations give.
