@@ -83,6 +83,8 @@ boot32:
     rep stosb
     mov edi, offset tables_top
     mov dword ptr [edi], offset tables_gibs + 3
+    mov edi, offset tables_highest
+    mov dword ptr [edi], offset tables_top + 3
     mov edi, offset tables_gibs
     mov dword ptr [edi], 0x00000083
     mov dword ptr [edi + 8], 0x40000083
@@ -125,10 +127,22 @@ start32:
     mov ds, ax
     mov es, ax
     mov ss, ax
-    mov eax, offset tables_top
-    mov cr3, eax
+    xor eax, eax
+    cpuid
+    mov esi, offset tables_top
+    mov edi, 0x620         # PAE, OSFXSR, OSXMMEXCPT
+    cmp eax, 7
+    jb 2f
+    mov eax, 7
+    xor ecx, ecx
+    cpuid
+    bt ecx, 16             # five levels, if there are: so will be the nested tables
+    jnc 2f
+    mov esi, offset tables_highest
+    or edi, 0x1000         # LA57
+2:  mov cr3, esi
     mov eax, cr4
-    or eax, 0x620          # PAE, OSFXSR, OSXMMEXCPT
+    or eax, edi
     mov cr4, eax
     mov ecx, 0xc0000080
     rdmsr
@@ -156,6 +170,7 @@ start64:
 
 .section .bss.boot, "aw", @nobits
 .balign 4096
+tables_highest: .skip 4096
 tables_top: .skip 4096
 tables_gibs: .skip 4096
 stacks: .skip {stack} * {cpus}

@@ -20,7 +20,8 @@ mod vmx;
 mod walker;
 
 use afterimage_mmu::{PageSize, WitnessKind};
-use afterimage_stage2::{ACCESSED_DIRTY, Ept, Format, Npt4};
+use afterimage_stage2::{ACCESSED_DIRTY, Ept, Format, Npt4, Npt5};
+use x86_64::registers::control::{Cr4, Cr4Flags};
 
 use crate::boot::MAX_CPUS;
 use crate::console::{command_line, end, say};
@@ -69,6 +70,9 @@ extern "C" fn start(cpu: u32) -> ! {
     let asked = Asked::read();
     cpus::start_others(asked.cpus);
     match vendor() {
+        Some(Vendor::Amd) if Cr4::read().contains(Cr4Flags::L5_PAGING) => {
+            judge::<Npt5, Svm>(&asked, &descriptors, Marks::Set);
+        }
         Some(Vendor::Amd) => judge::<Npt4, Svm>(&asked, &descriptors, Marks::Set),
         Some(Vendor::Intel) => {
             judge::<Ept<4, ACCESSED_DIRTY>, Vmx>(&asked, &descriptors, Marks::Set);

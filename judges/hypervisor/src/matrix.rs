@@ -140,7 +140,12 @@ pub(crate) fn run<F: Format, W: Walker>(walker: &mut W, marks: Marks, wrong: u64
     judge.what_is_no_leaf();
     judge.far_away();
     judge.marks_come_back();
-    say!("  {}, marks {marks:?}: {} accesses are as the crate says", F::NAME, judge.accesses);
+    say!(
+        "  {}, {} levels, marks {marks:?}: {} accesses are as the crate says",
+        F::NAME,
+        F::ROOT_LEVEL.number(),
+        judge.accesses
+    );
 }
 
 impl<F: Format, W: Walker> Judge<'_, F, W> {
