@@ -1,19 +1,21 @@
 //! What an install costs: ours, which any number of threads may do at once, beside other crates' mappers, which have
 //! one writer, or a mutex. The same format (NPT, which is x86's), the same heap, 4 KiB pages over 4 GiB, tables
-//! allocated as they are needed.
+//! allocated as they are needed. Ours bare, as theirs are, and with all that a fault does around an install.
 
 mod peers;
+mod whole;
 
 use std::hint::black_box;
-use std::sync::Barrier;
+
 use std::time::{Duration, Instant};
 
-use afterimage_mmu::{Gfn, Mapped, PageSize, Pfn};
+use afterimage_mmu::{Barrier, Gfn, Mapped, PageSize, Pfn};
 use afterimage_stage2::{Execute, HeapMemory, Leaf, MemoryType, Npt4, TableCache, Tables, Writable};
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main};
 
 use peers::{LockedX86, Multiarch, X86};
+use whole::{Locked, Whole};
 
 const FRAMES: u64 = 1 << 20;
 
@@ -48,7 +50,7 @@ fn timed(order: Order, mut map: impl FnMut(u64, u64)) -> Duration {
 
 /// The same by two threads, each with a half of the frames and a `map` of its own.
 fn timed_by_two<M: FnMut(u64, u64)>(order: Order, mapper: impl Fn() -> M + Sync) -> Duration {
-    let start = Barrier::new(2);
+    let start = std::sync::Barrier::new(2);
     let run = |half: u64| {
         let mut map = mapper();
         start.wait();
@@ -71,16 +73,21 @@ fn timed_by_two<M: FnMut(u64, u64)>(order: Order, mapper: impl Fn() -> M + Sync)
 fn ours(tables: &Tables<Npt4, HeapMemory>) -> impl FnMut(u64, u64) {
     let mut cache = TableCache::default();
     move |gfn, pfn| {
-        let leaf = Leaf {
-            pfn: Pfn::new(pfn),
-            size: PageSize::Size4K,
-            writable: Writable::Dirty,
-            execute: Execute::Always,
-            memory: MemoryType::WriteBack,
-            accessed: true,
-        };
         assert!(tables.top_up(&mut cache));
-        assert_eq!(tables.map(black_box(Gfn::new(gfn)), leaf, &mut cache), Ok(Mapped::Fixed));
+        assert_eq!(tables.map(black_box(Gfn::new(gfn)), leaf(pfn), &mut cache), Ok(Mapped::Fixed));
+    }
+}
+
+/// A page that may be written, and was.
+#[inline]
+fn leaf(pfn: u64) -> Leaf {
+    Leaf {
+        pfn: Pfn::new(pfn),
+        size: PageSize::Size4K,
+        writable: Writable::Dirty,
+        execute: Execute::Always,
+        memory: MemoryType::WriteBack,
+        accessed: true,
     }
 }
 
@@ -108,14 +115,27 @@ fn map(c: &mut Criterion) {
             let theirs = LockedX86::new();
             timed(order, |gfn, pfn| theirs.map(gfn, pfn))
         });
-        bench(&mut group, "ours", || timed(order, ours(&tables())));
+        bench(&mut group, "ours, bare", || timed(order, ours(&tables())));
+        bench(&mut group, "ours, intent, heavy barrier", || {
+            timed(order, Whole::new(Barrier::Heavy).mapper())
+        });
+        bench(&mut group, "ours, intent, fences", || timed(order, Whole::new(Barrier::Symmetric).mapper()));
+        bench(&mut group, "ours, lock", || timed(order, Locked::new().mapper()));
         bench(&mut group, "x86_64, mutex, two threads", || {
             let theirs = LockedX86::new();
             timed_by_two(order, || |gfn, pfn| theirs.map(gfn, pfn))
         });
-        bench(&mut group, "ours, two threads", || {
+        bench(&mut group, "ours, bare, two threads", || {
             let tables = tables();
             timed_by_two(order, || ours(&tables))
+        });
+        bench(&mut group, "ours, intent, heavy barrier, two threads", || {
+            let whole = Whole::new(Barrier::Heavy);
+            timed_by_two(order, || whole.mapper())
+        });
+        bench(&mut group, "ours, lock, two threads", || {
+            let locked = Locked::new();
+            timed_by_two(order, || locked.mapper())
         });
         group.finish();
     }

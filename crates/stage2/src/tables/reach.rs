@@ -108,6 +108,9 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
 }
 
 fn free_below<F: Format, M: TableMemory>(table: TableRef<'_, F, M>) {
+    if table.level.number() == 1 {
+        return;
+    }
     for index in 0..table.entries.len() as u64 {
         let place = table.look(Gfn::new(index * table.level.frames()));
         if let (Entry::Table(frame), Some(child)) = (place.said(), place.child) {
