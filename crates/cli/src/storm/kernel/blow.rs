@@ -26,10 +26,13 @@ use super::ksm::Merging;
 use super::memory::{By, StormMemory};
 use super::plan::{Plan, Take};
 use super::tracefs::{Marker, Tracing};
-use super::watched::{BEGIN, END, EVENTS, Tables, Watched};
+use super::watched::{BEGIN, END, EVENTS, FAULT_IN, FLUSH, Tables, Watched};
 
-/// How often rounds are looked after.
+/// How often rounds are looked after, where there are any.
 const LOOK_EVERY: Duration = Duration::from_micros(100);
+/// How often it is seen whether time is up, where nothing else is to do. Each look may take a CPU from a zap, which makes
+/// it yield.
+const WAIT_EVERY: Duration = Duration::from_millis(20);
 /// How long an access may be stuck when nothing invalidates any more, and how long a sweep may take.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How long guests touch before anything is counted.
@@ -79,7 +82,9 @@ impl KernelStorm {
 
     /// Lets it blow with every event recorded, and tells what the trace does. Times of such a run mean nothing.
     pub(crate) fn watch(&self, tables: Tables, interrupted: &AtomicBool) -> Result<Watched> {
-        let tracing = Tracing::new("storm", EVENTS)?;
+        let mut tracing = Tracing::new("storm", EVENTS)?;
+        tracing.probe(FAULT_IN);
+        tracing.probe(FLUSH);
         self.blow_with(Some(&tracing), interrupted)?;
         let (_, lost) = tracing.counts()?;
         Ok(Watched::new(&tracing.lines()?, tables, lost, tracing.missing()))
@@ -172,11 +177,14 @@ impl KernelStorm {
         interrupted: &AtomicBool,
     ) -> Result<()> {
         let since = Instant::now();
+        let renews =
+            self.load != Load::Uncontended && plan.walks.iter().any(|walk| walk.pace == Pace::OnRelease);
         while since.elapsed() < self.duration && !interrupted.load(Relaxed) && !guest.has_ended() {
-            if self.load != Load::Uncontended {
+            if renews {
                 renew(plan, guest, memory)?;
             }
-            thread::sleep(LOOK_EVERY);
+            let left = self.duration.saturating_sub(since.elapsed());
+            thread::sleep(if renews { LOOK_EVERY } else { WAIT_EVERY }.min(left));
         }
         Ok(())
     }

@@ -38,7 +38,10 @@ const UNCOUNTED: [(&str, &str); 8] = [
     ("yields_per_invalidation", "KVM does not count them; `watched.order` shows some"),
     ("most_retries", "KVM counts retries by vCPU, not by fault"),
     ("most_ends", "KVM does not count ends"),
-    ("wasted_fault_ins", "KVM does not count pages that it looked up in vain"),
+    (
+        "wasted_fault_ins",
+        "KVM does not count them; `watched.faulted_in` has pages looked up where probes are allowed",
+    ),
     ("lock_wait_ns", "KVM does not count them; `watched` has those of a run that was recorded"),
     (
         "doomed_lock_acquisitions",
@@ -130,13 +133,19 @@ impl KernelTable<'_> {
 
 impl Display for Watched {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { invalidations, faults, installed, zapped, lost, .. } = self;
+        let Self { invalidations, faults, flushes, faulted_in, installed, zapped, lost, .. } = self;
         write!(
             f,
             "inside {} invalidations {} attempts of faults",
             show_count(*invalidations),
             show_count(*faults)
         )?;
+        if let Some(flushes) = flushes {
+            write!(f, ", {} flushes", show_count(*flushes))?;
+        }
+        if let Some(pages) = faulted_in {
+            write!(f, ", {} pages looked up", show_count(*pages))?;
+        }
         write!(f, ", {} installs", show_count(*installed))?;
         if let Some(zapped) = zapped {
             write!(f, ", {} zaps", show_count(*zapped))?;
@@ -151,7 +160,7 @@ impl Display for Watched {
             write!(f, "; {} events lost", show_count(*lost))?;
         }
         if !self.missing.is_empty() {
-            write!(f, "; this kernel has no {}", self.missing.join(", "))?;
+            write!(f, "; not to be had: {}", self.missing.join(", "))?;
         }
         if self.order.is_empty() {
             return Ok(());

@@ -13,9 +13,21 @@ const BUFFER_KB: u32 = 16 << 10;
 /// A tracing instance, switched off until [`Tracing::on`].
 #[derive(Debug)]
 pub(crate) struct Tracing {
+    root: PathBuf,
     instance: PathBuf,
-    /// Events that it could not switch on, as `group:name`.
+    /// Events of our own, as `group/name`.
+    probes: Vec<String>,
+    /// Events that it could not switch on.
     missing: Vec<String>,
+}
+
+/// An event of our own: each call of a kernel's function.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Probe {
+    /// What the event is called.
+    pub(crate) event: &'static str,
+    /// Names of the function, by kernel; the first that there is.
+    pub(crate) functions: &'static [&'static str],
 }
 
 /// One line of a trace.
@@ -46,7 +58,7 @@ impl Tracing {
                 root.display()
             )
         })?;
-        let mut tracing = Self { instance, missing: Vec::new() };
+        let mut tracing = Self { root, instance, probes: Vec::new(), missing: Vec::new() };
         tracing.set("tracing_on", "0")?;
         tracing.set("trace_clock", "mono")?;
         tracing.set("buffer_size_kb", &BUFFER_KB.to_string())?;
@@ -59,7 +71,27 @@ impl Tracing {
         Ok(tracing)
     }
 
-    /// Events that this kernel does not have.
+    /// Switches on an event of our own. Where the kernel does not allow that, it is [missing](Tracing::missing).
+    pub(crate) fn probe(&mut self, probe: Probe) {
+        let group = format!("afterimage_{}", process::id());
+        let probes = self.root.join("kprobe_events");
+        let mut why = "none of these functions is there".to_owned();
+        for function in probe.functions {
+            // One line defines one event; what is there stays.
+            let defined = append(&probes, &format!("p:{group}/{} {function}", probe.event));
+            let event = format!("{group}/{}", probe.event);
+            match defined.map_err(Into::into).and_then(|()| {
+                self.probes.push(event.clone());
+                self.set(&format!("events/{event}/enable"), "1")
+            }) {
+                Ok(()) => return,
+                Err(error) => why = format!("{error:#}"),
+            }
+        }
+        self.missing.push(format!("{} (a probe of {}: {why})", probe.event, probe.functions.join(" or ")));
+    }
+
+    /// Events that this kernel does not have, or does not allow.
     pub(crate) fn missing(&self) -> &[String] {
         &self.missing
     }
@@ -113,6 +145,9 @@ impl Drop for Tracing {
         // An instance in use stays; whoever uses it has the next word.
         let _ = self.off();
         let _ = fs::remove_dir(&self.instance);
+        for probe in &self.probes {
+            let _ = append(&self.root.join("kprobe_events"), &format!("-:{probe}"));
+        }
     }
 }
 
@@ -126,6 +161,10 @@ impl Marker {
         // With recording off this is EBADF.
         let _: io::Result<usize> = (&self.0).write(text.as_bytes());
     }
+}
+
+fn append(path: &Path, line: &str) -> io::Result<()> {
+    fs::OpenOptions::new().append(true).open(path)?.write_all(line.as_bytes())
 }
 
 /// Where tracefs is mounted, by the list of mounts.

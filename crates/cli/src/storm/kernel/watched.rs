@@ -8,6 +8,8 @@
 //! | `kvm_unmap_hva_range` | KVM was told of an invalidation |
 //! | `kvm_tdp_mmu_spte_changed`, from present to not | it zapped an entry (TDP MMU only) |
 //! | `kvm_page_fault`, or without hardware tables `kvm_mmu_pagetable_walk` | a fault was taken: once an attempt |
+//! | `flush`, a probe of our own | all vCPUs' TLBs are to be flushed |
+//! | `fault_in`, a probe of our own | a fault has its page looked up in the primary MMU |
 //! | `kvm_mmu_set_spte` | a fault installed an entry |
 //! | `contention_begin`, `contention_end` on a spinning reader-writer lock | somebody waited for such a lock: here that is `mmu_lock` |
 
@@ -15,7 +17,7 @@ use core::fmt;
 
 use serde::Serialize;
 
-use super::tracefs::Line;
+use super::tracefs::{Line, Probe};
 
 /// The events that are asked for.
 pub(crate) const EVENTS: &[&str] = &[
@@ -27,6 +29,11 @@ pub(crate) const EVENTS: &[&str] = &[
     "lock:contention_begin",
     "lock:contention_end",
 ];
+/// A page is looked up in the primary MMU: Linux 6.12 and older, and newer.
+pub(crate) const FAULT_IN: Probe =
+    Probe { event: "fault_in", functions: &["__gfn_to_pfn_memslot", "__kvm_faultin_pfn"] };
+/// KVM has all vCPUs' TLBs flushed: at an invalidation's end, and before a zap gives `mmu_lock` up.
+pub(crate) const FLUSH: Probe = Probe { event: "flush", functions: &["kvm_flush_remote_tlbs"] };
 /// Mark of an invalidation's begin, before the system call.
 pub(crate) const BEGIN: &str = "afterimage begin";
 /// Mark of its end, after it.
@@ -58,8 +65,12 @@ pub(crate) enum Step {
     Unmap,
     /// An entry is zapped.
     Zap,
-    /// A vCPU faults.
+    /// A vCPU faults, and nothing is looked up.
     Fault,
+    /// A vCPU faults, and its page is looked up.
+    FaultIn,
+    /// All vCPUs' TLBs are to be flushed.
+    Flush,
     /// A vCPU has begun to wait for `mmu_lock`.
     FaultWaits,
     /// A fault installs an entry.
@@ -86,6 +97,10 @@ pub(crate) struct Watched {
     pub(crate) zapped: Option<u64>,
     /// Faults taken, each attempt counted.
     pub(crate) faults: u64,
+    /// Flushes of all vCPUs' TLBs; `None` where the kernel allows no probes.
+    pub(crate) flushes: Option<u64>,
+    /// Pages that faults looked up; `None` where the kernel allows no probes.
+    pub(crate) faulted_in: Option<u64>,
     /// Entries installed by faults.
     pub(crate) installed: u64,
     /// Faults that waited for `mmu_lock`.
@@ -103,11 +118,13 @@ pub(crate) struct Watched {
 impl Watched {
     /// What these lines tell, where `lost` others are lost and the events `missing` are not there.
     pub(crate) fn new(lines: &[Line], tables: Tables, lost: u64, missing: &[String]) -> Self {
-        let has = |event: &str| !missing.iter().any(|missing| missing.ends_with(event));
+        let has = |event: &str| !missing.iter().any(|missing| missing.contains(event));
         let mut watched = Self {
             lost,
             missing: missing.to_vec(),
             zapped: (tables == Tables::Tdp).then_some(0),
+            flushes: has(FLUSH.event).then_some(0),
+            faulted_in: has(FAULT_IN.event).then_some(0),
             faults_waited: has("contention_begin").then(Waits::default),
             invalidations_waited: has("contention_begin").then(Waits::default),
             ..Self::default()
@@ -150,6 +167,14 @@ impl Watched {
                     watched.unmaps += 1;
                     Step::Unmap
                 }
+                event if event == FLUSH.event => {
+                    watched.flushes = watched.flushes.map(|flushes| flushes + 1);
+                    Step::Flush
+                }
+                event if event == FAULT_IN.event && is_vcpu => {
+                    watched.faulted_in = watched.faulted_in.map(|pages| pages + 1);
+                    Step::FaultIn
+                }
                 "kvm_mmu_set_spte" if is_vcpu => {
                     watched.installed += 1;
                     Step::Install
@@ -176,6 +201,9 @@ impl Watched {
             };
             // One invalidation is shown: the first in which something faulted.
             if watched.order.is_empty() {
+                if step == Step::FaultIn {
+                    take_last(&mut steps, Step::Fault);
+                }
                 match steps.last_mut() {
                     Some((last, count)) if *last == step => *count += 1,
                     _ => steps.push((step, 1)),
@@ -183,13 +211,27 @@ impl Watched {
                 if step == Step::Begin && open == 1 {
                     steps = vec![(Step::Begin, 1)];
                 }
-                if step == Step::End && steps.iter().any(|(step, _)| *step == Step::Fault) {
+                if step == Step::End
+                    && steps.iter().any(|(step, _)| matches!(step, Step::Fault | Step::FaultIn))
+                {
                     watched.order = core::mem::take(&mut steps);
                 }
             }
         }
         watched.order.truncate(STEPS);
         watched
+    }
+}
+
+/// Takes the last step back, if it is `step`: what comes next says more of the same.
+fn take_last(steps: &mut Vec<(Step, u64)>, step: Step) {
+    if let Some((last, count)) = steps.last_mut()
+        && *last == step
+    {
+        *count -= 1;
+        if *count == 0 {
+            steps.pop();
+        }
     }
 }
 
@@ -217,6 +259,8 @@ impl fmt::Display for Step {
             Self::Unmap => "KVM told",
             Self::Zap => "zap",
             Self::Fault => "fault",
+            Self::Flush => "flush",
+            Self::FaultIn => "fault with look-up",
             Self::FaultWaits => "fault waits for mmu_lock",
             Self::Install => "install",
             Self::End => "end",
@@ -241,10 +285,12 @@ mod tests {
             line("storm", 1, 12, "kvm_tdp_mmu_spte_changed", zap),
             line("storm", 1, 13, "kvm_tdp_mmu_spte_changed", zap),
             line("vcpu-0", 2, 14, "kvm_page_fault", "vcpu 0 rip 0x0 address 0x3000 error_code 0x4"),
+            line("vcpu-0", 2, 14, "fault_in", "(__gfn_to_pfn_memslot+0x0/0x90 [kvm])"),
             line("vcpu-0", 2, 15, "contention_begin", "0000000012345678 (flags=SPIN|READ)"),
             line("storm", 1, 16, "kvm_tdp_mmu_spte_changed", zap),
             line("vcpu-0", 2, 20, "contention_end", "0000000012345678 (ret=0)"),
             line("storm", 1, 21, "contention_begin", "0000000012345679 (flags=MUTEX)"),
+            line("storm", 1, 21, "flush", "(kvm_flush_remote_tlbs+0x0/0x60 [kvm])"),
             line("storm", 1, 22, "tracing_mark_write", END),
             line("vcpu-0", 2, 23, "kvm_mmu_set_spte", "gfn 3 spte 8600000000000b67 (rwx-) level 1 at 0"),
         ]
@@ -254,7 +300,7 @@ mod tests {
     fn only_what_lies_inside_is_counted() {
         let watched = Watched::new(&trace(), Tables::Tdp, 0, &[]);
         assert_eq!((watched.invalidations, watched.unmaps, watched.zapped), (1, 1, Some(3)));
-        assert_eq!((watched.faults, watched.installed), (1, 0));
+        assert_eq!((watched.faults, watched.faulted_in, watched.installed), (1, Some(1), 0));
         assert_eq!(watched.faults_waited, Some(Waits { count: 1, ns: 5 }));
         assert_eq!(watched.invalidations_waited, Some(Waits::default()));
     }
@@ -266,9 +312,10 @@ mod tests {
             (Step::Begin, 1),
             (Step::Unmap, 1),
             (Step::Zap, 2),
-            (Step::Fault, 1),
+            (Step::FaultIn, 1),
             (Step::FaultWaits, 1),
             (Step::Zap, 1),
+            (Step::Flush, 1),
             (Step::End, 1),
         ];
         assert_eq!(watched.order, order);
@@ -276,8 +323,9 @@ mod tests {
 
     #[test]
     fn what_a_kernel_does_not_have_is_not_zero() {
-        let missing = ["lock:contention_begin".to_owned()];
+        let missing = ["lock:contention_begin", "fault_in (a probe of f: not permitted)"].map(str::to_owned);
         let watched = Watched::new(&[], Tables::Shadow, 0, &missing);
-        assert_eq!((watched.faults_waited, watched.zapped), (None, None));
+        assert_eq!((watched.faults_waited, watched.zapped, watched.faulted_in), (None, None, None));
+        assert_eq!(watched.flushes, Some(0));
     }
 }
