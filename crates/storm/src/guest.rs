@@ -26,8 +26,8 @@ use crate::recording::{Event, Recording, What};
 use crate::scenario::Touch;
 use crate::windows::{Since, Windows};
 
-/// Accesses in one stay in the guest, at most.
-const BATCH: u32 = 1024;
+/// Accesses in one stay in the guest, at most; the TLB is empty at its start.
+pub(crate) const BATCH: u32 = 1024;
 /// Entries of the TLB.
 const TLB: usize = 256;
 /// One fault in so many has its CPU time taken; the reading costs as much as a fault.
@@ -146,6 +146,8 @@ impl<'m, 'r> Guest<'m, 'r> {
                 self.serve(requests);
                 continue;
             }
+            // A guest switches between its processes now and then, and forgets what its TLB held.
+            self.tlb.fill(None);
             let faulted = self.touch(over);
             let requests = self.vcpu.leave_guest();
             self.serve(requests);

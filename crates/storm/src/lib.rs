@@ -13,6 +13,7 @@ mod policy;
 mod ram;
 mod recording;
 mod scenario;
+mod sim;
 mod storm;
 mod windows;
 
@@ -20,6 +21,9 @@ pub use hdrhistogram::Histogram;
 
 pub use cell::{Cell, Engine, Latencies, Latency, Load, LockWait, Measured, Retries, Times};
 pub use matrix::{Matrix, Outcome};
-pub use policy::{AfterRetry, Policies, Precheck, Scenario, Sequence, UnknownChoice, Witness, Yielding};
+pub use policy::{
+    AfterRetry, Coverage, Policies, Precheck, Scenario, Sequence, Turns, UnknownChoice, Witness, Yielding,
+};
 pub use recording::{Event, Recording, What};
+pub use sim::{Compared, Costs, Simulated, Simulation};
 pub use storm::{MAX_MEMORY, MAX_VCPUS, Run, Storm, StormError};

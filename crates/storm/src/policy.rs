@@ -3,8 +3,13 @@
 use core::fmt;
 use core::str::FromStr;
 
-use afterimage_mmu::{Barrier, Policy, Precheck as Checks, SequenceScope, WitnessKind, YieldPolicy};
+use afterimage_mmu::{
+    Barrier, Coverage as ActiveCoverage, Policy, Precheck as Checks, SequenceScope, WitnessKind, YieldPolicy,
+};
 use serde::{Serialize, Serializer};
+
+/// Retries after which a fault is starved.
+const STARVED: u32 = 2;
 
 /// A word that is none of the choices.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -118,6 +123,26 @@ choices! {
 }
 
 choices! {
+    /// Which frames an active invalidation holds back.
+    Coverage, "coverage" {
+        /// The hull of all that are active: Linux.
+        Hull = "hull",
+        /// Its own, as far as a few are active.
+        Exact = "exact",
+    }
+}
+
+choices! {
+    /// Whether a fault that is retried too often goes before the next invalidation.
+    Turns, "way to take turns" {
+        /// It does not: Linux.
+        Never = "never",
+        /// After two retries.
+        Starved = "starved",
+    }
+}
+
+choices! {
     /// What keeps a verdict true until the install is done.
     Witness, "witness" {
         /// `mmu_lock`, held for read: Linux.
@@ -147,6 +172,10 @@ pub struct Policies {
     pub yielding: Yielding,
     /// Whose end matters.
     pub sequence: Sequence,
+    /// What is held back.
+    pub coverage: Coverage,
+    /// Who goes first.
+    pub turns: Turns,
     /// What keeps a verdict true.
     pub witness: Witness,
     /// What a retried fault does.
@@ -162,6 +191,8 @@ impl Policies {
         precheck: Precheck::Both,
         yielding: Yielding::Contention,
         sequence: Sequence::Global,
+        coverage: Coverage::Hull,
+        turns: Turns::Never,
         witness: Witness::Lock,
         after_retry: AfterRetry::Refault,
     };
@@ -171,6 +202,8 @@ impl Policies {
         precheck: Precheck::Both,
         yielding: Yielding::Never,
         sequence: Sequence::Region,
+        coverage: Coverage::Exact,
+        turns: Turns::Starved,
         witness: Witness::Lock,
         after_retry: AfterRetry::Park,
     };
@@ -211,21 +244,28 @@ impl Policies {
                 Sequence::Global => SequenceScope::Global,
                 Sequence::Region => SequenceScope::Region,
             },
+            coverage: match self.coverage {
+                Coverage::Hull => ActiveCoverage::Hull,
+                Coverage::Exact => ActiveCoverage::Exact,
+            },
+            turn_after: match self.turns {
+                Turns::Never => None,
+                Turns::Starved => Some(STARVED),
+            },
             witness: match self.witness {
                 Witness::Lock => WitnessKind::Lock,
                 Witness::Intent => WitnessKind::Intent,
             },
             // Invalidations are many in a storm, and a barrier on every CPU is dear for each.
             barrier: Barrier::Symmetric,
-            ..Policy::default()
         }
     }
 }
 
 impl fmt::Display for Policies {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { precheck, yielding, sequence, witness, after_retry } = self;
-        write!(f, "{precheck}/{yielding}/{sequence}/{witness}/{after_retry}")
+        let Self { precheck, yielding, sequence, coverage, turns, witness, after_retry } = self;
+        write!(f, "{precheck}/{yielding}/{sequence}/{coverage}/{turns}/{witness}/{after_retry}")
     }
 }
 

@@ -17,6 +17,7 @@ use crate::policy::{Policies, Scenario, Witness};
 use crate::ram::{BASE, Ram};
 use crate::recording::Recording;
 use crate::scenario::Plan;
+use crate::sim::MAX_SIMULATED_VCPUS;
 use crate::windows::Windows;
 
 /// How often a run looks whether it is to end early.
@@ -66,7 +67,7 @@ pub struct Run {
 #[non_exhaustive]
 pub enum StormError {
     /// Too little or too much memory.
-    #[error("a storm {scenario} takes {} KiB to {} GiB of memory, not {bytes} bytes", .least >> 10, MAX_MEMORY >> 30)]
+    #[error("a storm {scenario} takes {} KiB to {} GiB of memory on real threads, not {bytes} bytes", .least >> 10, MAX_MEMORY >> 30)]
     Memory {
         /// What was to blow.
         scenario: Scenario,
@@ -81,6 +82,19 @@ pub enum StormError {
     /// Too few or too many threads.
     #[error("a storm takes 1 to {MAX_THREADS} threads that invalidate, not {0}")]
     Threads(usize),
+    /// Too little or too much memory, in virtual time.
+    #[error("a simulated storm {scenario} takes {} KiB to 64 TiB of memory, not {bytes} bytes", .least >> 10)]
+    SimulatedMemory {
+        /// What was to blow.
+        scenario: Scenario,
+        /// What was asked for.
+        bytes: u64,
+        /// The least.
+        least: u64,
+    },
+    /// Too few or too many vCPUs, in virtual time.
+    #[error("a simulated storm takes 1 to {MAX_SIMULATED_VCPUS} vCPUs, not {0}")]
+    SimulatedVcpus(usize),
     /// No memory for the tables' roots.
     #[error("there is no memory for the tables")]
     NoMemory,

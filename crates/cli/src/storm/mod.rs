@@ -4,6 +4,7 @@ mod kernel;
 mod options;
 mod output;
 mod report;
+mod simulate;
 mod table;
 mod trace;
 
@@ -37,15 +38,24 @@ pub(crate) fn run(args: StormArgs) -> Result<ExitCode> {
     let (json, trace, report) = (open(&plan.json)?, open(&plan.trace)?, open(&plan.report)?);
     let interrupted = interrupted()?;
     let bar = bar(plan.matrix.runs());
-    let outcomes = plan.matrix.run(&interrupted, |done, storm| {
+    let tell = |done: usize, what: &str| {
         bar.set_position(done as u64);
-        let load = match storm.load {
-            Load::Storm => storm.policies.to_string(),
-            Load::Uncontended => "uncontended".to_owned(),
-            Load::Quiet => "quiet".to_owned(),
-        };
-        bar.set_message(format!("{} {load}", storm.scenario));
-    })?;
+        bar.set_message(what.to_owned());
+    };
+    let (worth, outcomes) = if plan.simulates {
+        let (worth, outcomes) = simulate::simulate(&plan, &interrupted, tell)?;
+        (worth.to_string(), outcomes)
+    } else {
+        let outcomes = plan.matrix.run(&interrupted, |done, storm| {
+            let load = match storm.load {
+                Load::Storm => storm.policies.to_string(),
+                Load::Uncontended => "uncontended".to_owned(),
+                Load::Quiet => "quiet".to_owned(),
+            };
+            tell(done, &format!("{} {load}", storm.scenario));
+        })?;
+        (String::new(), outcomes)
+    };
     bar.finish_and_clear();
     let cells: Vec<Cell> = outcomes.iter().map(|Outcome { cell, .. }| cell.clone()).collect();
     let is_taken = [&json, &trace, &report].into_iter().flatten().any(Output::is_standard);
@@ -58,7 +68,7 @@ pub(crate) fn run(args: StormArgs) -> Result<ExitCode> {
     if let Some(report) = report {
         report.write(&report::page(&outcomes, &machine()))?;
     }
-    Output::show(&Table(&cells).to_string(), is_taken)?;
+    Output::show(&format!("{worth}{}", Table(&cells)), is_taken)?;
     Ok(if cells.iter().all(Cell::is_good) { ExitCode::SUCCESS } else { ExitCode::from(EXIT_WRONG) })
 }
 

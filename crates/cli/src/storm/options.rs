@@ -4,7 +4,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use afterimage_storm::{
-    AfterRetry, Load, Matrix, Policies, Precheck, Scenario, Sequence, Storm, Witness, Yielding,
+    AfterRetry, Coverage, Load, Matrix, Policies, Precheck, Scenario, Sequence, Simulation, Storm, Turns,
+    Witness, Yielding,
 };
 use anyhow::{Result, ensure};
 use clap::Args;
@@ -38,6 +39,12 @@ pub(crate) struct StormArgs {
     /// Whose end makes a fault under way retry: global (any), region
     #[arg(long, value_delimiter = ',')]
     sequence: Vec<Sequence>,
+    /// Which frames an active invalidation holds back: hull (of all that are active), exact
+    #[arg(long, value_delimiter = ',')]
+    coverage: Vec<Coverage>,
+    /// Whether a fault that is retried too often goes before the next invalidation: never, starved
+    #[arg(long, value_delimiter = ',')]
+    turns: Vec<Turns>,
     /// What keeps a verdict true until the install is done: lock, intent
     #[arg(long, value_delimiter = ',')]
     witness: Vec<Witness>,
@@ -65,6 +72,9 @@ pub(crate) struct StormArgs {
     /// What all choices come from
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// Blow in virtual time: any number of vCPUs and any memory, with costs measured on this machine first
+    #[arg(long)]
+    simulate: bool,
     /// Leave out the cells without faults and without invalidations, which the others are compared with
     #[arg(long)]
     no_baseline: bool,
@@ -92,6 +102,8 @@ pub(crate) struct StormPlan {
     pub(crate) json: Option<PathBuf>,
     pub(crate) trace: Option<PathBuf>,
     pub(crate) report: Option<PathBuf>,
+    /// In virtual time.
+    pub(crate) simulates: bool,
 }
 
 impl StormArgs {
@@ -112,14 +124,24 @@ impl StormArgs {
                 seed: self.seed,
                 duration: self.duration,
             };
-            storm.check()?;
+            if self.simulate {
+                Simulation::check_size(&storm)?
+            } else {
+                storm.check()?
+            }
             if !self.no_baseline {
                 storms.extend([Load::Uncontended, Load::Quiet].map(|load| Storm { load, ..storm }));
             }
             storms.extend(policies.iter().map(|&policies| Storm { policies, ..storm }));
         }
         let matrix = Matrix { storms, repeat: self.repeat, shuffle: self.shuffle, seed: self.seed };
-        Ok(StormPlan { matrix, json: self.json, trace: self.trace, report: self.report })
+        Ok(StormPlan {
+            matrix,
+            json: self.json,
+            trace: self.trace,
+            report: self.report,
+            simulates: self.simulate,
+        })
     }
 
     /// The same for the kernel that is running.
@@ -143,10 +165,12 @@ impl StormArgs {
 
     /// Every combination of what was asked for, and as in Linux where nothing was; the story if nothing was at all.
     fn policies(&self) -> Vec<Policies> {
-        let Self { precheck, yielding, sequence, witness, after_retry, .. } = self;
+        let Self { precheck, yielding, sequence, coverage, turns, witness, after_retry, .. } = self;
         if precheck.is_empty()
             && yielding.is_empty()
             && sequence.is_empty()
+            && coverage.is_empty()
+            && turns.is_empty()
             && witness.is_empty()
             && after_retry.is_empty()
         {
@@ -156,18 +180,36 @@ impl StormArgs {
             if asked.is_empty() { vec![linux] } else { asked.to_vec() }
         }
         let linux = Policies::LINUX;
-        let mut all = Vec::new();
-        for after_retry in or(after_retry, linux.after_retry) {
-            for witness in or(witness, linux.witness) {
-                for sequence in or(sequence, linux.sequence) {
-                    for yielding in or(yielding, linux.yielding) {
-                        for precheck in or(precheck, linux.precheck) {
-                            all.push(Policies { precheck, yielding, sequence, witness, after_retry });
-                        }
-                    }
-                }
-            }
+        let mut all = vec![linux];
+        fn times<T>(
+            all: &[Policies],
+            choices: &[T],
+            with: impl Fn(Policies, &T) -> Policies,
+        ) -> Vec<Policies> {
+            choices.iter().flat_map(|choice| all.iter().map(|policies| with(*policies, choice))).collect()
         }
+        all = times(&all, &or(precheck, linux.precheck), |policies, &precheck| Policies {
+            precheck,
+            ..policies
+        });
+        all = times(&all, &or(yielding, linux.yielding), |policies, &yielding| Policies {
+            yielding,
+            ..policies
+        });
+        all = times(&all, &or(sequence, linux.sequence), |policies, &sequence| Policies {
+            sequence,
+            ..policies
+        });
+        all = times(&all, &or(coverage, linux.coverage), |policies, &coverage| Policies {
+            coverage,
+            ..policies
+        });
+        all = times(&all, &or(turns, linux.turns), |policies, &turns| Policies { turns, ..policies });
+        all = times(&all, &or(witness, linux.witness), |policies, &witness| Policies { witness, ..policies });
+        all = times(&all, &or(after_retry, linux.after_retry), |policies, &after_retry| Policies {
+            after_retry,
+            ..policies
+        });
         all
     }
 }

@@ -105,8 +105,8 @@ fn head(cell: &Cell) -> [String; 6] {
             format!("precheck {}", policies.precheck),
             format!("yield {}", policies.yielding),
             format!("sequence {}", policies.sequence),
-            format!("witness {}", policies.witness),
-            policies.after_retry.to_string(),
+            format!("{}, turns {}", policies.coverage, policies.turns),
+            format!("{}, {}", policies.witness, policies.after_retry),
         ],
     }
 }
