@@ -71,6 +71,9 @@ impl KernelCell {
             missing.insert("latency_ns.inside", why.to_owned());
             missing.insert("invalidation_ns", "the kernel merges by itself".to_owned());
         }
+        if let Some(watched) = self.watched.as_ref().filter(|watched| !watched.missing.is_empty()) {
+            missing.insert("watched, in part", watched.missing.join(", "));
+        }
         if let Some(why) = untraced {
             missing.insert("watched", why.to_owned());
         }
@@ -158,9 +161,6 @@ impl Display for Watched {
         }
         if *lost > 0 {
             write!(f, "; {} events lost", show_count(*lost))?;
-        }
-        if !self.missing.is_empty() {
-            write!(f, "; not to be had: {}", self.missing.join(", "))?;
         }
         if self.order.is_empty() {
             return Ok(());

@@ -75,8 +75,9 @@ impl Tracing {
     pub(crate) fn probe(&mut self, probe: Probe) {
         let group = format!("afterimage_{}", process::id());
         let probes = self.root.join("kprobe_events");
-        let mut why = "none of these functions is there".to_owned();
-        for function in probe.functions {
+        let mut why = "this kernel has no kprobe events, CONFIG_KPROBE_EVENTS".to_owned();
+        let functions = if probes.exists() { probe.functions } else { &[] };
+        for function in functions {
             // One line defines one event; what is there stays.
             let defined = append(&probes, &format!("p:{group}/{} {function}", probe.event));
             let event = format!("{group}/{}", probe.event);

@@ -208,13 +208,13 @@ impl Watched {
                     Some((last, count)) if *last == step => *count += 1,
                     _ => steps.push((step, 1)),
                 }
-                if step == Step::Begin && open == 1 {
-                    steps = vec![(Step::Begin, 1)];
-                }
-                if step == Step::End
-                    && steps.iter().any(|(step, _)| matches!(step, Step::Fault | Step::FaultIn))
-                {
-                    watched.order = core::mem::take(&mut steps);
+                let has_faulted = |steps: &[(Step, u64)]| {
+                    steps.iter().any(|(step, _)| matches!(step, Step::Fault | Step::FaultIn))
+                };
+                match step {
+                    Step::Begin if !has_faulted(&steps) => steps = vec![(Step::Begin, 1)],
+                    Step::End if has_faulted(&steps) => watched.order = core::mem::take(&mut steps),
+                    _ => {}
                 }
             }
         }
