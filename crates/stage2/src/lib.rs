@@ -27,4 +27,6 @@ pub use format::{Entry, Execute, Format, Leaf, MMIO_GENERATION_BITS, MemoryType,
 pub use leaves::{Change, LeafEntry, Leaves, Step};
 pub use memory::{ENTRIES, HeapMemory, TableCache, TableMemory};
 pub use stage2::{Host, LargeExecute, LargePages, Stage2};
+#[cfg(shuttle)]
+pub use sync::AtomicU64;
 pub use tables::{MapError, Removed, Split, Tables, Translation, Walked};

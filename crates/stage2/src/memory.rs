@@ -199,7 +199,7 @@ impl<M: TableMemory> Drop for TableCache<M> {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(shuttle)))]
 mod tests {
     use super::*;
 

@@ -1,5 +1,6 @@
 //! The engine over the tables, in every format: faults, invalidations, large pages, dirty logs, and vCPUs whose TLBs
 //! remember until they are told.
+#![cfg(not(shuttle))]
 
 mod scenarios;
 mod support;

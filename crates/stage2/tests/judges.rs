@@ -1,4 +1,5 @@
 //! Other people's crates read the words that ours writes.
+#![cfg(not(shuttle))]
 
 use afterimage_mmu::{PageSize, Pfn};
 use afterimage_stage2::{Execute, Format, Leaf, MemoryType, Npt4, Vmsa, Writable};

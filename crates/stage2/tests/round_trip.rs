@@ -1,4 +1,5 @@
 //! What is encoded is decoded as the same, in every format, and no word at all makes a decoder lie.
+#![cfg(not(shuttle))]
 
 use afterimage_mmu::{Level, PageSize, Pfn};
 use afterimage_stage2::{

@@ -1,5 +1,5 @@
 //! The tables against a model, and under several threads.
-
+#![cfg(not(shuttle))]
 // UNSAFETY: tables that were unlinked are freed, when nobody can use them any more.
 #![expect(unsafe_code)]
 
