@@ -61,6 +61,8 @@ fn a_wide_zap_takes_what_was_mapped_away() {
     // What is mapped cannot be zapped without a flush.
     assert!(cell["flushes_per_invalidation"].as_f64().is_some_and(|flushes| flushes >= 1.0), "{cell:#?}");
     assert!(faults(cell) > 0, "what was zapped faults again: {cell:#?}");
+    let median = cell["invalidation_ns"]["median"].as_u64().expect("there was an invalidation");
+    assert!(median > 10_000, "nobody zaps 4,096 frames in {median} ns: {cell:#?}");
     assert_eq!(cell["wrong_pages"], 0);
 }
 
