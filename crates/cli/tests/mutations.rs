@@ -139,7 +139,7 @@ fn unbroken_rules_hold() {
 fn unbroken_rules_hold_on_software() {
     let _alone = alone();
     for witness in ["lock", "intent"] {
-        for invalidate in ["evict,discard,migrate", "migrate"] {
+        for invalidate in ["evict,discard,migrate", "migrate", "dirty,migrate"] {
             let options = ["--duration", "1s", "--invalidate", invalidate, "--witness", witness];
             let run = run(options.iter().chain(SOFT));
             assert_eq!((run.number("/wrong_pages"), run.failures()), (0, vec![]), "{invalidate}, {witness}");
@@ -176,6 +176,22 @@ fn rules_of_tables_show_on_software() {
             let options: Vec<_> = large.iter().chain(&meanwhile).chain(&chosen).copied().collect();
             until_noticed(rule, &options, Noticed::WrongPage);
         }
+    }
+}
+
+/// The dirty log is compared with what was written. A run ends with the first difference.
+#[test]
+fn rules_of_the_dirty_log_show_on_software() {
+    let _alone = alone();
+    for (rule, format) in [
+        ("fast-fault-unlogged", "npt"),
+        ("fast-fault-unlogged", "sv48x4"),
+        ("protect-without-flush", "npt"),
+        ("zap-loses-dirty", "npt"),
+    ] {
+        let options: Vec<_> =
+            SOFT.iter().chain(&["--invalidate", "dirty,migrate", "--format", format]).copied().collect();
+        until_noticed(rule, &options, Noticed::WrongPageOrFailure);
     }
 }
 

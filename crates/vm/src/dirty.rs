@@ -1,8 +1,8 @@
-//! The dirty log of a KVM guest's managed memory.
+//! A set of frames of the managed memory: those that a guest has written.
 
 use afterimage_mmu::Gfn;
 
-/// The frames that a guest has written since the log was last read, and maybe some that it has only read.
+/// The frames that a guest has written since the log was last read; of a KVM guest maybe some that it has only read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DirtyFrames {
     words: Vec<u64>,
@@ -11,6 +11,11 @@ pub struct DirtyFrames {
 impl DirtyFrames {
     pub(crate) fn new(words: Vec<u64>) -> Self {
         Self { words }
+    }
+
+    /// The log as bits: frame `n` is bit `n % 64` of word `n / 64`.
+    pub fn words(&self) -> &[u64] {
+        &self.words
     }
 
     /// Whether `gfn` is in the log.

@@ -46,6 +46,12 @@ pub enum VmError {
         /// What was asked for.
         what: &'static str,
     },
+    /// Only a software guest can do this.
+    #[error("only a software guest can {what}")]
+    NeedsSoft {
+        /// What was asked for.
+        what: &'static str,
+    },
     /// These vCPUs did not end in time, not even when kicked. Their threads are left behind, and may still touch
     /// the managed memory: it must stay mapped.
     #[error("vCPU {vcpus:?} did not stop, not even when kicked")]

@@ -15,7 +15,7 @@ use crate::kvm::KvmVm;
 use crate::latency::Latency;
 use crate::report::{Counters, GuestReport, VcpuEnd, VcpuFailure, VcpuReport, WrongPage};
 use crate::signals;
-use crate::soft::{Hardware, PhysicalMemory, SoftMachine, TablePool};
+use crate::soft::{Hardware, Pause, PhysicalMemory, SoftMachine, TablePool};
 use crate::spec::{GuestKind, GuestMemory, GuestSpec};
 use crate::start::{self, Started};
 use crate::system::SystemMemory;
@@ -50,6 +50,8 @@ pub(crate) struct State {
     pub(crate) memory: GuestMemory,
     pub(crate) windows: Windows,
     pub(crate) kvm: Option<KvmVm>,
+    /// Of software guests.
+    pub(crate) pause: Pause,
     pub(crate) khz: u64,
     pub(crate) started: Instant,
     /// By vCPU: how often its thread came back from the guest.
@@ -67,6 +69,7 @@ impl State {
             system,
             memory: spec.memory,
             kvm,
+            pause: Pause::new(if spec.kind == GuestKind::Soft { spec.memory.frames() } else { 0 }),
             khz,
             started: Instant::now(),
             exits: (0..vcpus).map(|_| AtomicU64::new(0)).collect(),
@@ -104,7 +107,7 @@ impl State {
         true
     }
 
-    fn running(&self) -> Vec<usize> {
+    pub(crate) fn running(&self) -> Vec<usize> {
         self.ends().iter().enumerate().filter(|(_, end)| end.is_none()).map(|(vcpu, _)| vcpu).collect()
     }
 }
@@ -244,6 +247,10 @@ impl Drop for Guest {
 }
 
 impl GuestHandle {
+    pub(crate) fn state(&self) -> &State {
+        &self.state
+    }
+
     /// Number of vCPUs.
     pub fn vcpus(&self) -> usize {
         self.state.system.plan.vcpus

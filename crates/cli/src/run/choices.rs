@@ -87,6 +87,8 @@ pub(crate) enum InvalidateChoice {
     Migrate,
     /// The marks of past accesses are taken away (software guests)
     Age,
+    /// Writes are logged, and the log is compared with what was written (software guests)
+    Dirty,
     /// Large pages are mapped in small ones (software guests, 2 MiB pages)
     Split,
     /// Small pages are mapped as large ones again (software guests, 2 MiB pages)
@@ -98,7 +100,7 @@ pub(crate) enum InvalidateChoice {
 impl InvalidateChoice {
     /// Whether it needs tables of our own.
     pub(super) const fn needs_soft(self) -> bool {
-        matches!(self, Self::Migrate | Self::Age | Self::Split | Self::Collapse)
+        matches!(self, Self::Migrate | Self::Age | Self::Dirty | Self::Split | Self::Collapse)
     }
 
     /// Whether it has nothing to work on where all pages are small.
@@ -190,6 +192,12 @@ pub(super) enum BreakChoice {
     FreeAtOnce,
     /// A large page is split without break-before-make
     SplitWithoutBreak,
+    /// The fast path tells the dirty log nothing
+    FastFaultUnlogged,
+    /// A write protection is not flushed
+    ProtectWithoutFlush,
+    /// A zapped page's dirty mark is lost
+    ZapLosesDirty,
 }
 
 #[cfg(feature = "mutations")]
@@ -209,6 +217,9 @@ impl BreakChoice {
             Self::KickWithoutAck => protocol::set(Some(Rule::KickWithoutAck)),
             Self::FreeAtOnce => tables::set(Some(TableRule::FreeAtOnce)),
             Self::SplitWithoutBreak => tables::set(Some(TableRule::SplitWithoutBreak)),
+            Self::FastFaultUnlogged => protocol::set(Some(Rule::FastFaultUnlogged)),
+            Self::ProtectWithoutFlush => tables::set(Some(TableRule::ProtectWithoutFlush)),
+            Self::ZapLosesDirty => tables::set(Some(TableRule::ZapLosesDirty)),
         }
     }
 }

@@ -8,8 +8,8 @@ use afterimage_memory::{
     Source,
 };
 use afterimage_mmu::{
-    FRAME_BYTES, FaultStats, Gfn, GfnRange, GuestMmu, InvalidationStats, PageSize, Pfn, PfnRange,
-    SecondaryMmu, SlotError, SlotId, SpaceId,
+    FRAME_BYTES, FaultStats, Gfn, GfnRange, GuestMmu, Initially, InvalidationStats, LogBy, PageSize, Pfn,
+    PfnRange, SecondaryMmu, SlotError, SlotId, SpaceId,
 };
 use afterimage_vm::{Discards, Guest, GuestMemory, GuestSpec, WORD_OFFSETS, Window, Windows};
 
@@ -36,6 +36,12 @@ const CROSS_EVERY: u64 = 64;
 pub(crate) trait Engine: fmt::Debug + Send + Sync {
     fn fault_stats(&self) -> FaultStats;
     fn invalidation_stats(&self) -> InvalidationStats;
+    /// Logs what is written to all memory.
+    fn start_log(&self, by: LogBy) -> Result<(), SlotError>;
+    fn take_log(&self) -> Result<Vec<u64>, SlotError>;
+    fn look_at_log(&self) -> Result<Vec<u64>, SlotError>;
+    fn clear_log(&self, first: u64, mask: &[u64]) -> Result<(), SlotError>;
+    fn stop_log(&self) -> Result<(), SlotError>;
     /// Maps all memory in small pages.
     fn split(&self) -> Result<(), SlotError>;
     /// Maps it in large pages again, where it can.
@@ -49,6 +55,26 @@ impl<S: SecondaryMmu> Engine for GuestMmu<S> {
 
     fn invalidation_stats(&self) -> InvalidationStats {
         GuestMmu::invalidation_stats(self)
+    }
+
+    fn start_log(&self, by: LogBy) -> Result<(), SlotError> {
+        self.start_dirty_log(SpaceId(0), SLOT, by, Initially::Clean)
+    }
+
+    fn take_log(&self) -> Result<Vec<u64>, SlotError> {
+        self.take_dirty_log(SpaceId(0), SLOT)
+    }
+
+    fn look_at_log(&self) -> Result<Vec<u64>, SlotError> {
+        self.look_at_dirty_log(SpaceId(0), SLOT)
+    }
+
+    fn clear_log(&self, first: u64, mask: &[u64]) -> Result<(), SlotError> {
+        self.clear_dirty_log(SpaceId(0), SLOT, first, mask)
+    }
+
+    fn stop_log(&self) -> Result<(), SlotError> {
+        self.set_dirty_logging(SpaceId(0), SLOT, false)
     }
 
     fn split(&self) -> Result<(), SlotError> {

@@ -1,6 +1,7 @@
 //! `afterimage run`: a guest verifies its memory while that is taken away.
 
 mod choices;
+mod dirty;
 mod hosts;
 mod json;
 mod live;
@@ -133,6 +134,7 @@ fn watch(plan: &RunPlan, machine: &Machine, pressure: &Pressure, interrupted: &A
 fn stop(machine: Machine, pressure: Pressure, failures: &mut Vec<String>) -> Result<Outcome> {
     let Machine { object, engine, guest, host } = machine;
     let guest = guest.stop().context("the guest could not be stopped")?;
+    let counts = Arc::clone(&pressure.dirty);
     if let Err(error) = pressure.stop() {
         failures.push(format!("taking memory away failed: {error:#}"));
     }
@@ -151,6 +153,7 @@ fn stop(machine: Machine, pressure: Pressure, failures: &mut Vec<String>) -> Res
         object: object.stats(),
         store: object.store_stats(),
         bookkeeping_bytes: object.bookkeeping_bytes(),
+        dirty: counts.get(),
         failures: std::mem::take(failures),
     })
 }

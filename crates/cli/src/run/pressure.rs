@@ -11,6 +11,7 @@ use afterimage_vm::{GuestHandle, GuestKind};
 use anyhow::Result;
 
 use super::choices::InvalidateChoice;
+use super::dirty::{self, DirtyCounts};
 use super::machine::{Engine, Machine};
 use super::options::RunPlan;
 
@@ -39,6 +40,8 @@ const CHECKPOINT_PARTS: u64 = 16;
 pub(crate) struct Pressure {
     threads: Vec<JoinHandle<Result<()>>>,
     stop: Arc<AtomicBool>,
+    /// What the dirty log has said so far.
+    pub(crate) dirty: Arc<DirtyCounts>,
 }
 
 /// Where memory is taken away.
@@ -94,7 +97,7 @@ impl Pressure {
             aim: if plan.guest == GuestKind::Soft { Aim::Anywhere } else { Aim::Running },
             stop: Arc::clone(&stop),
         };
-        let mut pressure = Self { threads: Vec::new(), stop };
+        let mut pressure = Self { threads: Vec::new(), stop, dirty: Arc::default() };
         let budget = reach.clone();
         pressure.spawn("budget", move || keep_budget(&budget))?;
         for kind in &plan.invalidate {
@@ -127,6 +130,12 @@ impl Pressure {
                 InvalidateChoice::Discard => pressure.spawn("discard", move || discard(&reach))?,
                 InvalidateChoice::Protect => pressure.spawn("checkpoint", move || checkpoint(&reach))?,
                 InvalidateChoice::Age => pressure.spawn("age", move || age(&reach))?,
+                InvalidateChoice::Dirty => {
+                    let counts = Arc::clone(&pressure.dirty);
+                    pressure.spawn("dirty", move || {
+                        dirty::log(&reach.engine, &reach.guest, &counts, || reach.is_running())
+                    })?;
+                }
                 InvalidateChoice::Split => {
                     pressure.spawn("split", move || every(&reach, SPLIT_EVERY, || reach.engine.split()))?
                 }

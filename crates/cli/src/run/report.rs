@@ -8,6 +8,7 @@ use afterimage_mmu::{FaultStats, InvalidationStats, RetryPoint};
 use afterimage_vm::{GuestReport, LatencyHistogram};
 use serde::Serialize;
 
+use super::dirty::DirtyReport;
 use super::options::{RunPlan, ShownOptions};
 use crate::units::{show_bytes, show_count, show_duration};
 
@@ -25,6 +26,7 @@ pub(crate) struct RunReport {
     retries: Retries,
     wasted_fault_ins: u64,
     invalidations: Invalidations,
+    dirty_log: DirtyReport,
     zapped_frames: u64,
     flushes: u64,
     yields: u64,
@@ -123,12 +125,14 @@ pub(crate) struct Outcome {
     pub(crate) object: ObjectStats,
     pub(crate) store: StoreStats,
     pub(crate) bookkeeping_bytes: u64,
+    pub(crate) dirty: DirtyReport,
     pub(crate) failures: Vec<String>,
 }
 
 impl RunReport {
     pub(crate) fn new(plan: &RunPlan, outcome: Outcome) -> Self {
-        let Outcome { guest, faults, invalidations, object, store, bookkeeping_bytes, failures } = outcome;
+        let Outcome { guest, faults, invalidations, object, store, bookkeeping_bytes, dirty, failures } =
+            outcome;
         let counters = guest.counters();
         let latency = guest.latency();
         let kind = |kind| {
@@ -172,6 +176,7 @@ impl RunReport {
                 protect: kind(Kind::Protect),
                 migrate: kind(Kind::Migrate),
             },
+            dirty_log: dirty,
             zapped_frames: invalidations.zapped_frames,
             flushes: invalidations.flushes,
             yields: invalidations.yields,
@@ -287,6 +292,16 @@ impl Display for RunReport {
                 );
                 row(f, name, &text)?;
             }
+        }
+        let DirtyReport { rounds, epochs, frames } = self.dirty_log;
+        if epochs > 0 {
+            let text = format!(
+                "{} rounds: {} frames; as was written, each of {} times",
+                show_count(rounds),
+                show_count(frames),
+                show_count(epochs)
+            );
+            row(f, "dirty log", &text)?;
         }
         row(f, "flushes / yields", &format!("{} / {}", show_count(self.flushes), show_count(self.yields)))?;
         let waits = format!(

@@ -198,7 +198,8 @@ where
         }
     }
 
-    fn enter(&mut self) {
+    /// Enters the guest, when every request has been served.
+    pub(super) fn enter(&mut self) {
         while let Err(requests) = self.vcpu.enter_guest() {
             self.serve(requests);
         }
@@ -239,8 +240,9 @@ where
                 }
             }
             Ok(FaultOutcome::Retry(retry)) => {
-                if self.block.stop.kick.load(Relaxed) != 0 {
-                    return Err(VcpuEnd::Kicked { gfn });
+                // Who takes memory away may go on until the guest has ended: it could be retried for ever.
+                if self.block.stop.flag.load(Relaxed) != 0 {
+                    return Err(VcpuEnd::Stopped);
                 }
                 if self.machine.after_retry == AfterRetry::Park && retry.point != RetryPoint::SlotChanging {
                     self.machine.mmu.wait(retry.range);

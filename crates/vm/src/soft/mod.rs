@@ -8,6 +8,7 @@
 //! forgets, and `program.rs` the guest's program. What it can show and what not: `docs/soft-vcpu.md`.
 
 mod cpu;
+mod pause;
 mod program;
 mod tables;
 mod timing;
@@ -22,6 +23,8 @@ use afterimage_mmu::{GuestMmu, Pfn, PrimaryMmu, SpaceId};
 use afterimage_stage2::{Host, Stage2};
 
 use self::cpu::Cpu;
+pub(crate) use self::pause::Pause;
+pub use self::pause::Paused;
 use self::program::Program;
 pub use self::tables::TablePool;
 pub use self::walk::Hardware;
@@ -99,7 +102,7 @@ where
 {
     fn run(&self, index: usize, state: &State) -> VcpuEnd {
         let cpu = Cpu::new(self, state.system.block(index), &state.exits[index]);
-        match Program::new(cpu, &state.system, index).run() {
+        match Program::new(cpu, state, index).run() {
             Ok(Ended::Stopped) => VcpuEnd::Stopped,
             Ok(Ended::Limit) => VcpuEnd::Limit,
             Err(end) => end,

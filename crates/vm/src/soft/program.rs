@@ -9,11 +9,12 @@ use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use afterimage_mmu::{Gfn, PrimaryMmu};
 use afterimage_stage2::Host;
 
-use super::PhysicalMemory;
 use super::cpu::Cpu;
 use super::tables::TablePool;
 use super::timing::Timing;
 use super::walk::Hardware;
+use super::{Pause, PhysicalMemory};
+use crate::guest::State;
 use crate::layout::{
     Ended, FIRST_WORD, LAST_MASK, LAST_WORD, MIDDLE_MASK, MIDDLE_WORD, Mailbox, RECORDS, RecordKind,
     VcpuBlock, WorkloadNumber, fold,
@@ -26,6 +27,7 @@ use crate::tsc;
 pub(super) struct Program<'m, F: Hardware, H: Host<Memory = TablePool>, M, R> {
     cpu: Cpu<'m, F, H, M, R>,
     system: &'m SystemMemory,
+    pause: &'m Pause,
     block: &'m VcpuBlock,
     mailbox: &'m Mailbox,
     index: usize,
@@ -62,10 +64,20 @@ where
     M: PrimaryMmu<Page = H::Page>,
     R: PhysicalMemory,
 {
-    pub(super) fn new(cpu: Cpu<'m, F, H, M, R>, system: &'m SystemMemory, index: usize) -> Self {
+    pub(super) fn new(cpu: Cpu<'m, F, H, M, R>, state: &'m State, index: usize) -> Self {
+        let system: &SystemMemory = &state.system;
         let block = system.block(index);
         block.started.store(tsc::now(), Relaxed);
-        Self { cpu, system, block, mailbox: system.mailbox(index), index, rng: get(&block.rng), at: 0 }
+        Self {
+            cpu,
+            system,
+            pause: &state.pause,
+            block,
+            mailbox: system.mailbox(index),
+            index,
+            rng: get(&block.rng),
+            at: 0,
+        }
     }
 
     /// Runs until something ends it.
@@ -77,6 +89,11 @@ where
             }
             if get(&block.progress.accesses) >= limit {
                 break Ok(Ended::Limit);
+            }
+            if self.pause.is_wanted() {
+                self.cpu.leave();
+                self.pause.park();
+                self.cpu.enter();
             }
             if let Err(end) = self.turn() {
                 break Err(end);
@@ -242,6 +259,8 @@ where
         let timing = self.timing(gfn);
         self.cpu.store(Gfn::new(gfn), FIRST_WORD, stamp)?;
         timing.file(self.system, self.index);
+        // From here on, whatever becomes of the rest.
+        self.pause.note_written(gfn);
         let (middle, last) = (stamp ^ MIDDLE_MASK, stamp ^ LAST_MASK);
         self.cpu.store(Gfn::new(gfn), MIDDLE_WORD, middle)?;
         self.cpu.store(Gfn::new(gfn), LAST_WORD, last)?;

@@ -1,0 +1,132 @@
+//! The dirty log against what the guest has written: the two sets are to be equal.
+//!
+//! An epoch begins and ends with the guest standing still between two accesses. Within it the log is taken round by round
+//! while the guest runs, as a whole or looked at and cleared in halves. At its end every frame that was written must be in
+//! one of the rounds, and no other frame may be. Epochs notice writes by protection and by the hardware's marks in turn.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use afterimage_mmu::{LogBy, SlotError};
+use afterimage_vm::GuestHandle;
+use anyhow::{Result, ensure};
+use serde::Serialize;
+
+use super::machine::Engine;
+
+/// Rounds in an epoch, while the guest runs, and the time between two.
+const ROUNDS: u64 = 4;
+const ROUND_EVERY: Duration = Duration::from_millis(15);
+
+/// What was logged and compared.
+#[derive(Debug, Default)]
+pub(crate) struct DirtyCounts {
+    rounds: AtomicU64,
+    epochs: AtomicU64,
+    frames: AtomicU64,
+}
+
+/// The counts at the end.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub(crate) struct DirtyReport {
+    /// Times that the log was read.
+    pub(crate) rounds: u64,
+    /// Times that it was compared with what the guest has written.
+    pub(crate) epochs: u64,
+    /// Frames in the rounds.
+    pub(crate) frames: u64,
+}
+
+impl DirtyCounts {
+    pub(super) fn get(&self) -> DirtyReport {
+        let [rounds, epochs, frames] =
+            [&self.rounds, &self.epochs, &self.frames].map(|count| count.load(Ordering::Relaxed));
+        DirtyReport { rounds, epochs, frames }
+    }
+}
+
+/// Logs and compares until `go_on` says no.
+pub(super) fn log(
+    engine: &Arc<dyn Engine>,
+    guest: &GuestHandle,
+    counts: &DirtyCounts,
+    go_on: impl Fn() -> bool,
+) -> Result<()> {
+    let mut epoch = 0;
+    while go_on() {
+        start(engine, guest, if epoch % 2 == 0 { LogBy::Protection } else { LogBy::Marks })?;
+        let mut logged = Vec::new();
+        for round in 0..ROUNDS {
+            thread::sleep(ROUND_EVERY);
+            let taken = if round % 2 == 0 { engine.take_log()? } else { look_and_clear(engine)? };
+            counts.rounds.fetch_add(1, Ordering::Relaxed);
+            merge(&mut logged, &taken, counts);
+        }
+        let still = guest.pause()?;
+        merge(&mut logged, &engine.take_log()?, counts);
+        let written = still.take_written();
+        engine.stop_log()?;
+        drop(still);
+        compare(written.words(), &logged)?;
+        counts.epochs.fetch_add(1, Ordering::Relaxed);
+        epoch += 1;
+    }
+    Ok(())
+}
+
+/// Starts the log, by marks if there are any, with nothing written yet.
+fn start(engine: &Arc<dyn Engine>, guest: &GuestHandle, by: LogBy) -> Result<()> {
+    let still = guest.pause()?;
+    match engine.start_log(by) {
+        Err(SlotError::NoDirtyMarks(_)) => engine.start_log(LogBy::Protection)?,
+        started => started?,
+    }
+    // What was written before, and zapped by someone else while the log started, may be in it.
+    drop(engine.take_log()?);
+    drop(still.take_written());
+    Ok(())
+}
+
+/// Reads the log, and clears what was set in it, half by half.
+fn look_and_clear(engine: &Arc<dyn Engine>) -> Result<Vec<u64>, SlotError> {
+    let seen = engine.look_at_log()?;
+    let (low, high) = seen.split_at(seen.len() / 2);
+    engine.clear_log(0, low)?;
+    engine.clear_log(low.len() as u64 * 64, high)?;
+    Ok(seen)
+}
+
+fn merge(logged: &mut Vec<u64>, round: &[u64], counts: &DirtyCounts) {
+    logged.resize(round.len(), 0);
+    for (all, word) in logged.iter_mut().zip(round) {
+        *all |= word;
+    }
+    let frames = round.iter().map(|word| u64::from(word.count_ones())).sum();
+    counts.frames.fetch_add(frames, Ordering::Relaxed);
+}
+
+fn compare(written: &[u64], logged: &[u64]) -> Result<()> {
+    for (index, (written, logged)) in written.iter().zip(logged).enumerate() {
+        let first = |bits: u64| index * 64 + bits.trailing_zeros() as usize;
+        let (lost, made_up) = (written & !logged, logged & !written);
+        ensure!(lost == 0, "the guest wrote frame {}, and the dirty log does not say so", first(lost));
+        ensure!(made_up == 0, "the dirty log says that frame {} was written, and it was not", first(made_up));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_sets_must_be_the_same() {
+        assert!(compare(&[1, 2], &[1, 2]).is_ok());
+        let lost = compare(&[1, 3], &[1, 2]).expect_err("frame 64 is missing").to_string();
+        assert!(lost.contains("wrote frame 64"), "{lost}");
+        let made_up = compare(&[1, 2], &[9, 2]).expect_err("frame 3 was not written").to_string();
+        assert!(made_up.contains("frame 3 was written"), "{made_up}");
+    }
+}
