@@ -77,10 +77,13 @@ fn unknown_words_are_explained() {
     let _alone = alone();
     for (options, what) in [
         (["--workload", "nope"], "[possible values: stamp, scan, hot]"),
-        (["--guest", "xen"], "[possible values: kvm, thread]"),
+        (["--guest", "xen"], "[possible values: kvm, thread, soft]"),
         (["--page-size", "1g"], "[possible values: 4k, 2m]"),
         (["--precheck", "maybe"], "[possible values: both, before, after, off]"),
-        (["--invalidate", "evict,burn"], "[possible values: evict, discard, protect, none]"),
+        (
+            ["--invalidate", "evict,burn"],
+            "[possible values: evict, discard, protect, migrate, age, dirty, split, collapse, none]",
+        ),
         (["--memory", "many"], "is no size"),
         (["--memory", "M"], "does not begin with a whole number"),
         (["--duration", "0"], "is no time at all"),

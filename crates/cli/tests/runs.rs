@@ -249,6 +249,24 @@ fn the_sequence_can_be_one_for_all_memory() {
 }
 
 #[test]
+fn faults_hold_the_lock_or_announce_an_intent() {
+    let _alone = alone();
+    if !has_guest("faults_hold_the_lock_or_announce_an_intent") {
+        return;
+    }
+    for witness in ["lock", "intent"] {
+        for backing in ["shared", "anonymous"] {
+            let chosen = ["--witness", witness, "--backing", backing, "--pressure", "1000"];
+            let options: Vec<_> = SMALL.into_iter().chain(chosen).collect();
+            let run = good(&options, json!({ "witness": witness, "backing": backing }));
+            if witness == "intent" {
+                assert_eq!(run.number("/lock_wait_ns/faults"), 0, "{:#}", run.json);
+            }
+        }
+    }
+}
+
+#[test]
 fn a_retried_fault_is_parked_or_let_go() {
     let _alone = alone();
     if !has_guest("a_retried_fault_is_parked_or_let_go") {
