@@ -20,7 +20,7 @@ use alloc::collections::VecDeque;
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
-use afterimage_mmu::mutation::{self, Mutation};
+use afterimage_mmu::mutation;
 use afterimage_mmu::{
     Fault, FaultInError, Gfn, GuestMmu, Hva, Memslot, PageRef, PageSize, PageUse, Patience, Pfn, Policy,
     Precheck, PrimaryMmu, SlotId, Snapshot, Spin, WitnessKind,
@@ -57,19 +57,29 @@ pub(crate) struct Storm {
     pub(crate) marks: Marks,
 }
 
-/// Rules that a judge must be able to see broken.
-pub(crate) const BREAKS: [(&str, Mutation); 5] = [
-    ("begin-without-flush", Mutation::BeginWithoutFlush),
-    ("kick-without-ack", Mutation::KickWithoutAck),
-    ("zap-forgets-last-frame", Mutation::ZapForgetsLastFrame),
-    ("verify-always-fresh", Mutation::VerifyAlwaysFresh),
-    ("verify-ignores-range", Mutation::VerifyIgnoresRange),
+/// A rule that can be broken.
+#[derive(Clone, Copy, Debug)]
+enum Rule {
+    Engine(mutation::Mutation),
+    Tables(afterimage_stage2::mutation::Mutation),
+}
+
+/// The rules that this judge is to see broken.
+const BREAKS: [(&str, Rule); 5] = [
+    ("begin-without-flush", Rule::Engine(mutation::Mutation::BeginWithoutFlush)),
+    ("kick-without-ack", Rule::Engine(mutation::Mutation::KickWithoutAck)),
+    ("zap-forgets-last-frame", Rule::Engine(mutation::Mutation::ZapForgetsLastFrame)),
+    ("verify-always-fresh", Rule::Engine(mutation::Mutation::VerifyAlwaysFresh)),
+    ("protect-without-flush", Rule::Tables(afterimage_stage2::mutation::Mutation::ProtectWithoutFlush)),
 ];
 
 /// Breaks the rule of that name.
 pub(crate) fn break_rule(name: &str) {
     let (_, rule) = BREAKS.iter().find(|(known, _)| *known == name).expect("a rule of the list above");
-    mutation::set(Some(*rule));
+    match rule {
+        Rule::Engine(rule) => mutation::set(Some(*rule)),
+        Rule::Tables(rule) => afterimage_stage2::mutation::set(Some(*rule)),
+    }
 }
 
 /// What this judge is there to see.

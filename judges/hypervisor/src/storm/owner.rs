@@ -108,12 +108,29 @@ impl<F: Format> Owner<'_, F> {
             core::array::from_fn::<u64, MAX_CPUS, _>(|cpu| words[first + cpu].load(Ordering::Relaxed))
         };
         let before = (start..start + self.block).map(counts).collect::<Vec<_>>();
-        self.pause(A_WHILE);
+        self.let_guests_count();
         let after = (start..start + self.block).map(counts).collect::<Vec<_>>();
         if before != after {
             stale(format_args!("a page of block {number} was written while it was protected"));
         }
         drop(invalidation);
+    }
+
+    /// Until the guests have counted some times (a guest whose turn it is to write to the protected page waits), or a while.
+    fn let_guests_count(&self) {
+        if self.block > 1 {
+            return cpus::wait(4 * A_WHILE);
+        }
+        let counted = || -> u64 {
+            let pages = (0..self.blocks).map(|page| ram::words(self.primary.frame(page)));
+            let first = COUNT_OFFSET as usize / 8;
+            pages
+                .flat_map(|words| &words[first..first + MAX_CPUS])
+                .map(|word| word.load(Ordering::Relaxed))
+                .sum()
+        };
+        let (enough, until) = (counted() + 32, cpus::clock() + 20 * A_WHILE);
+        while counted() < enough && cpus::clock() < until {}
     }
 
     /// Code, page tables, stacks: the pages stay what they are, but every translation of some goes.
