@@ -11,7 +11,8 @@ const HAMMERED: u64 = 3;
 const MERGED: u64 = 64;
 /// Frames of each vCPU's own, where it takes fresh ones in turn: one region of the sequences by region.
 const OWN: u64 = 512;
-/// Frames that the scanner of [`Scenario::B`] invalidates at once, at most: what one table of a host's third level maps.
+/// Frames that the scanner of [`Scenario::B`] invalidates at once, at most: what one table of a host's third level maps. It
+/// goes over two such ranges, which are in use.
 const SCANNED: u64 = (1 << 30) / FRAME_BYTES;
 /// Frames of the range that is zapped in [`Scenario::A`]'s report.
 const REPORTED_ZAP: u64 = 0x5800;
@@ -114,10 +115,11 @@ impl Plan {
         let half = memory / 2;
         let first_own = if scenario == Scenario::D { half } else { memory }.next_multiple_of(OWN);
         let own = |vcpu: usize| Touch::Fresh(frames(first_own + vcpu as u64 * OWN, OWN));
+        let scanned = frames(0, 2 * SCANNED.min(memory / 2));
         let touch = |vcpu: usize| match scenario {
             _ if load == Load::Quiet => own(vcpu),
             Scenario::A => Touch::Any(frames(0, HAMMERED)),
-            Scenario::B if vcpu % 2 == 1 => Touch::Any(all),
+            Scenario::B if vcpu % 2 == 1 => Touch::Any(scanned),
             Scenario::C => Touch::Any(frames(0, MERGED)),
             Scenario::EInside => Touch::Any(all),
             Scenario::B | Scenario::D | Scenario::E => own(vcpu),
@@ -126,7 +128,7 @@ impl Plan {
         let ends = first_own + vcpus as u64 * OWN;
         let take = |thread: usize| match scenario {
             Scenario::A => Take { frames: memory, populates: true, ..single },
-            Scenario::B => Take { frames: SCANNED.min(memory / 2), populates: true, ..single },
+            Scenario::B => Take { from: scanned, frames: scanned.len() / 2, populates: true, ..single },
             Scenario::C => Take { from: frames(0, MERGED), order: Order::Random, compares: true, ..single },
             Scenario::D if thread.is_multiple_of(2) => Take { from: frames(0, half), ..single },
             Scenario::D => Take { from: frames(ends, half), ..single },

@@ -37,6 +37,7 @@ pub(crate) fn run(args: StormArgs) -> Result<ExitCode> {
     let open = |path: &Option<PathBuf>| path.as_deref().map(Output::open).transpose();
     let (json, trace, report) = (open(&plan.json)?, open(&plan.trace)?, open(&plan.report)?);
     let interrupted = interrupted()?;
+    eprintln!("afterimage storm: {} runs of {:?} each", plan.matrix.runs(), plan.duration);
     let bar = bar(plan.matrix.runs());
     let tell = |done: usize, what: &str| {
         bar.set_position(done as u64);

@@ -102,6 +102,8 @@ pub(crate) struct StormPlan {
     pub(crate) json: Option<PathBuf>,
     pub(crate) trace: Option<PathBuf>,
     pub(crate) report: Option<PathBuf>,
+    /// Of each run.
+    pub(crate) duration: Duration,
     /// In virtual time.
     pub(crate) simulates: bool,
 }
@@ -140,6 +142,7 @@ impl StormArgs {
             json: self.json,
             trace: self.trace,
             report: self.report,
+            duration: self.duration,
             simulates: self.simulate,
         })
     }

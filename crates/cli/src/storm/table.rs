@@ -105,7 +105,7 @@ fn head(cell: &Cell) -> [String; 6] {
             format!("precheck {}", policies.precheck),
             format!("yield {}", policies.yielding),
             format!("sequence {}", policies.sequence),
-            format!("{}, turns {}", policies.coverage, policies.turns),
+            format!("{}, {}", policies.coverage, policies.turns),
             format!("{}, {}", policies.witness, policies.after_retry),
         ],
     }

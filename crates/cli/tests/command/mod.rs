@@ -102,12 +102,13 @@ impl Running {
         Self { child, stdout, stderr, said: String::new() }
     }
 
-    /// Waits until it says that its guest runs.
+    /// Waits until it says that its guest runs, or its storm blows.
     #[track_caller]
     pub(crate) fn wait_started(&mut self) {
         let from = self.said.len();
         self.stderr.read_line(&mut self.said).expect("its errors are text");
-        assert!(self.said[from..].starts_with("afterimage run: "), "it did not start: {}", self.said);
+        let mut started = ["afterimage run: ", "afterimage storm: "].into_iter();
+        assert!(started.any(|start| self.said[from..].starts_with(start)), "it did not start: {}", self.said);
     }
 
     pub(crate) fn signal(&self, signal: Signal) {

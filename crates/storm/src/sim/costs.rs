@@ -28,6 +28,8 @@ use crate::storm::{Storm, StormError};
 const BLOWS: Duration = Duration::from_millis(100);
 /// Turns of a loop that is timed.
 const TURNS: u64 = 20_000;
+/// Flushes that are timed.
+const FLUSHES: u64 = 201;
 /// Memory of the contended invalidation.
 const CONTENDED: u64 = 4 << 20;
 
@@ -129,23 +131,22 @@ fn flush(idle: usize, busy: bool) -> Result<f64, StormError> {
                     }
                 }
             });
-            let mut flushes = 0;
-            let time = steady(|| {
-                let mut spent = 0;
-                for _ in 0..TURNS / 20 {
+            let mut times: Vec<u64> = (0..FLUSHES)
+                .map(|flushes| {
                     let _ = vcpu.handle_fault(&ram, &Fault::new(Gfn::new(1), Access::WRITE));
                     // The other one is in the guest again: each flush ends one stay.
                     while busy && stays.load(Ordering::Relaxed) <= flushes {
                         thread::yield_now();
                     }
-                    flushes += 1;
                     let started = Threads::now_ns();
                     let open = mmu.invalidate(Ram::hvas(1, 1), Zap::Unmap, Blocking::Allowed);
-                    spent += Threads::now_ns() - started;
+                    let time = Threads::now_ns() - started;
                     drop(open);
-                }
-                spent as f64 / (TURNS / 20) as f64
-            });
+                    time
+                })
+                .collect();
+            times.sort_unstable();
+            let time = times[times.len() / 2] as f64;
             over.store(true, Ordering::Relaxed);
             time
         })
@@ -178,12 +179,13 @@ fn crowd() -> f64 {
 fn wake() -> Result<f64, StormError> {
     with_machine(Policies::OURS, 8, |_, mmu| {
         let (ended, over) = (AtomicU64::new(0), AtomicBool::new(false));
-        let woken = AtomicU64::new(0);
+        let (waits, woken) = (AtomicU64::new(0), AtomicU64::new(0));
         let frame = GfnRange::frame(Gfn::new(1));
         thread::scope(|scope| {
             scope.spawn(|| {
                 while !over.load(Ordering::Relaxed) {
                     if mmu.invalidations().covers(frame) {
+                        waits.fetch_add(1, Ordering::Relaxed);
                         mmu.wait(frame);
                         woken.store(Threads::now_ns(), Ordering::Release);
                     }
@@ -191,7 +193,12 @@ fn wake() -> Result<f64, StormError> {
             });
             let time = steady(|| {
                 let before = woken.load(Ordering::Acquire);
+                let before_waits = waits.load(Ordering::Relaxed);
                 let open = mmu.invalidate(Ram::hvas(1, 1), Zap::Unmap, Blocking::Allowed);
+                while waits.load(Ordering::Relaxed) == before_waits {
+                    thread::yield_now();
+                }
+                // It parks now, and is long asleep then.
                 thread::sleep(Duration::from_millis(1));
                 ended.store(Threads::now_ns(), Ordering::Relaxed);
                 drop(open);
@@ -242,9 +249,8 @@ impl Costs {
         // Contended by one vCPU that looks nowhere: all that a yield costs.
         let off = Policies { precheck: Precheck::Off, yielding: Yielding::Contention, ..linux };
         let contended = blow(Scenario::A, Load::Storm, off, CONTENDED)?;
-        let mean = contended.invalidation_ns.as_ref().map_or(0.0, |times| times.mean as f64);
         let a_yield = match contended.yields_per_invalidation {
-            Some(yields) if yields >= 1.0 => (mean - zap_entry * frames(CONTENDED)) / yields,
+            Some(yields) if yields >= 1.0 => (median(&contended) - zap_entry * frames(CONTENDED)) / yields,
             _ => 0.0,
         };
         // The requests of its flush, over to the fault, its turn with the lock, and back.

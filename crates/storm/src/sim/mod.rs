@@ -34,7 +34,7 @@ type Number = (&'static str, fn(&Measured) -> Option<f64>);
 /// What is compared.
 const CHECKED_NUMBERS: [Number; 3] = [
     ("flushes/invalidation", |m| m.flushes_per_invalidation),
-    ("invalidation, mean ns", |m| m.invalidation_ns.as_ref().map(|times| times.mean as f64)),
+    ("invalidation, median ns", |m| m.invalidation_ns.as_ref().map(|times| times.median as f64)),
     ("retries/fault", |m| m.retries_per_fault),
 ];
 /// How long the storms blow that the simulation is checked against.

@@ -1,0 +1,203 @@
+//! Storms blow, end, and tell; and what the change is about can be seen in them.
+
+mod command;
+
+use rustix::process::Signal;
+use serde_json::Value;
+
+use command::{Running, afterimage, alone, to_end};
+
+/// Attempts at what a busy machine may not show at once.
+const ATTEMPTS: usize = 40;
+
+/// The cells of a storm with these options, which must end well.
+#[track_caller]
+fn storm(options: &[&str]) -> Vec<Value> {
+    let ended = to_end(afterimage().args(["storm", "--json", "-", "--repeat", "1"]).args(options));
+    assert_eq!(ended.code(), 0, "{options:?}: {ended:?}");
+    serde_json::from_str(&ended.stdout).unwrap_or_else(|error| panic!("{error}: {}", ended.stdout))
+}
+
+#[track_caller]
+fn number(cell: &Value, pointer: &str) -> f64 {
+    let value = cell.pointer(pointer).unwrap_or_else(|| panic!("{pointer} is missing: {cell:#}"));
+    value.as_f64().unwrap_or_else(|| panic!("{pointer} is no number: {value}"))
+}
+
+#[test]
+fn every_scenario_ends_without_a_wrong_page() {
+    let _alone = alone();
+    let cells = storm(&["--duration", "20ms", "--memory", "4M", "--shuffle"]);
+    // Two baselines and six policies.
+    assert_eq!(cells.len(), 6 * 8);
+    for cell in &cells {
+        assert_eq!(number(cell, "/wrong_pages"), 0.0, "{cell:#}");
+        assert_eq!(cell["failures"], Value::Array(vec![]));
+        let (has_faults, has_invalidations) = match cell["load"].as_str() {
+            Some("uncontended") => (false, true),
+            Some("quiet") => (true, false),
+            _ => (true, true),
+        };
+        assert_eq!(number(cell, "/invalidations") > 0.0, has_invalidations, "{cell:#}");
+        // In a few milliseconds of a busy machine a vCPU may not have had a turn, but not in all of them.
+        assert!(has_faults || number(cell, "/faults") == 0.0, "{cell:#}");
+    }
+    assert!(cells.iter().map(|cell| number(cell, "/faults")).sum::<f64>() > 0.0);
+}
+
+#[test]
+fn the_cells_have_the_promised_shape() {
+    let _alone = alone();
+    let cells =
+        storm(&["--scenario", "C,e-inside", "--duration", "50ms", "--no-baseline", "--precheck", "off"]);
+    assert_eq!(cells.len(), 2);
+    for (cell, scenario) in cells.iter().zip(["C", "E-inside"]) {
+        for (field, value) in [
+            ("scenario", scenario),
+            ("engine", "afterimage"),
+            ("load", "storm"),
+            ("precheck", "off"),
+            ("yield", "contention"),
+            ("sequence", "global"),
+            ("coverage", "hull"),
+            ("turns", "never"),
+            ("witness", "lock"),
+            ("after_retry", "refault"),
+        ] {
+            assert_eq!(cell[field], value, "{field}");
+        }
+        for pointer in [
+            "/vcpus",
+            "/threads",
+            "/memory_bytes",
+            "/seed",
+            "/runs",
+            "/elapsed_ns",
+            "/accesses",
+            "/faults",
+            "/invalidations",
+            "/flushes_per_invalidation",
+            "/yields_per_invalidation",
+            "/retries/before_fault_in",
+            "/retries/after_fault_in",
+            "/retries/under_lock",
+            "/retries/lost_race",
+            "/retries/slot_changing",
+            "/most_retries",
+            "/most_ends",
+            "/wasted_fault_ins",
+            "/invalidation_ns/median",
+            "/invalidation_ns/mean",
+            "/invalidation_ns/max",
+            "/lock_wait_ns/faults",
+            "/lock_wait_ns/invalidations",
+            "/doomed_lock_acquisitions",
+            "/doomed_cpu_ns",
+            "/wrong_pages",
+            "/min/faults",
+            "/max/faults",
+        ] {
+            assert!(number(cell, pointer) >= 0.0, "{pointer}");
+        }
+        // Looked at nowhere else, so found nowhere else.
+        assert_eq!(number(cell, "/retries/before_fault_in") + number(cell, "/retries/after_fault_in"), 0.0);
+        assert_eq!(number(cell, "/doomed_lock_acquisitions"), number(cell, "/retries/under_lock"));
+        assert!(cell["latency_ns"].is_object());
+    }
+}
+
+#[test]
+fn a_zap_that_yields_to_doomed_faults_flushes_over_and_over() {
+    let _alone = alone();
+    let mut most: f64 = 0.0;
+    for _ in 0..ATTEMPTS {
+        let options = ["--scenario", "A", "--memory", "8M", "--vcpus", "2", "--duration", "50ms"];
+        let cells = storm(&[&options[..], &["--no-baseline", "--precheck", "off"]].concat());
+        most = most.max(number(&cells[0], "/flushes_per_invalidation"));
+        if most > 3.0 {
+            assert!(number(&cells[0], "/doomed_lock_acquisitions") > 0.0);
+            return;
+        }
+    }
+    panic!("never more than {most} flushes for each invalidation");
+}
+
+#[test]
+fn with_the_checks_a_doomed_fault_disturbs_nobody() {
+    let _alone = alone();
+    let mut least = f64::INFINITY;
+    for _ in 0..ATTEMPTS {
+        let options = ["--scenario", "A", "--memory", "8M", "--vcpus", "2", "--duration", "50ms"];
+        let cells = storm(&[&options[..], &["--precheck", "both"]].concat());
+        let of = |load: &str| {
+            cells.iter().find(|cell| cell["load"] == load).unwrap_or_else(|| panic!("no {load}: {cells:#?}"))
+        };
+        let (uncontended, both) = (of("uncontended"), of("storm"));
+        // A doomed fault takes the lock only if the invalidation began between its last look and the lock: once at most.
+        let raced = number(both, "/invalidations") * 2.0 * 2.0;
+        assert!(number(both, "/doomed_lock_acquisitions") <= raced, "{both:#}");
+        let flushes = |cell| number(cell, "/flushes_per_invalidation");
+        least = least.min(flushes(both) - flushes(uncontended));
+        if least <= 1.0 {
+            return;
+        }
+    }
+    panic!("always {least} more flushes than uncontended");
+}
+
+#[test]
+fn what_cannot_blow_is_refused_in_one_sentence() {
+    for (options, part) in [
+        (&["--repeat", "0"][..], "--repeat 0"),
+        (&["--vcpus", "0"], "1 to 256 vCPUs"),
+        (&["--vcpus", "257"], "1 to 256 vCPUs"),
+        (&["--threads", "9"], "1 to 8 threads"),
+        (&["--memory", "4k"], "512 KiB to 256 GiB"),
+        (&["--memory", "12T"], "512 KiB to 256 GiB"),
+        (&["--simulate", "--memory", "65T"], "512 KiB to 64 TiB"),
+        (&["--simulate", "--vcpus", "5000"], "1 to 4096 vCPUs"),
+        (&["--json", "/nowhere/at.all"], "/nowhere/at.all cannot be written"),
+    ] {
+        let ended = to_end(afterimage().arg("storm").args(options));
+        assert_eq!(ended.code(), 2, "{options:?}: {ended:?}");
+        assert!(ended.stderr.contains(part), "{options:?}: {}", ended.stderr);
+        assert_eq!(ended.stderr.lines().count(), 1, "{options:?}: {}", ended.stderr);
+        assert!(ended.stdout.is_empty());
+    }
+    let ended = to_end(afterimage().args(["storm", "--precheck", "sometimes"]));
+    assert_eq!(ended.code(), 2);
+    assert!(ended.stderr.contains("write one of off, before, after, both"), "{}", ended.stderr);
+}
+
+#[test]
+fn an_interrupted_storm_tells_what_it_has() {
+    let _alone = alone();
+    let mut command = afterimage();
+    command.args(["storm", "--json", "-", "--scenario", "A", "--memory", "8M", "--duration", "1h"]);
+    let mut running = Running::start(&mut command, None);
+    running.wait_started();
+    running.signal(Signal::INT);
+    let ended = running.end();
+    assert_eq!(ended.code(), 0, "{ended:?}");
+    let cells: Vec<Value> = serde_json::from_str(&ended.stdout).expect("it wrote its cells");
+    assert!(cells.len() <= 1, "one was blowing at most: {cells:#?}");
+}
+
+#[test]
+fn the_simulation_goes_beyond_the_machine_and_says_what_it_is_worth() {
+    let _alone = alone();
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("cells.json");
+    let options =
+        ["--scenario", "B", "--vcpus", "448", "--memory", "12T", "--duration", "1ms", "--repeat", "1"];
+    let mut command = afterimage();
+    command.args(["storm", "--simulate", "--no-baseline", "--json"]).arg(&path).args(options);
+    let ended = to_end(command.args(["--precheck", "both"]));
+    assert_eq!(ended.code(), 0, "{ended:?}");
+    for part in ["calibration, on real threads", "zap an entry", "error", "12 TiB of memory, 448 vCPUs"] {
+        assert!(ended.stdout.contains(part), "{part}: {}", ended.stdout);
+    }
+    let cells = command::read_json(&path).expect("it wrote its cells");
+    assert_eq!(cells[0]["engine"], "simulation");
+    assert!(number(&cells[0], "/faults") > 0.0 && number(&cells[0], "/invalidations") > 0.0);
+}
