@@ -65,11 +65,10 @@ impl DirtyBitmap {
     pub(crate) fn set(&self, frame: u64) {
         debug_assert!(frame < self.frames);
         let (word, bit) = (&self.words[(frame / WORD_FRAMES) as usize], 1 << (frame % WORD_FRAMES));
-        // Most frames that are marked again were marked a moment ago: their word need not move to this CPU. Acquire: a
-        // collector that took the bit before this look protects the frame after it.
-        if word.load(Ordering::Acquire) & bit == 0 {
-            word.fetch_or(bit, Ordering::Release);
-        }
+        // An exchange, also where the bit is set: a look could see it as it was before a collector took it, and the
+        // collector its entry as it was before the exchange that made it writable. Release: a collector that takes the
+        // bit sees that exchange.
+        word.fetch_or(bit, Ordering::Release);
     }
 
     /// The word `index`, as it is.

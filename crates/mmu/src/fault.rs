@@ -142,9 +142,13 @@ impl<'a, S: SecondaryMmu> Path<'a, S> {
             if self.is_logged(slot) && self.ring.is_some_and(DirtyRing::is_soft_full) {
                 return Err(FaultError::DirtyRingFull(gfn));
             }
+            if mutation::active(Mutation::MarkBeforeInstall) {
+                self.log(slots, slot);
+            }
             match secondary.fast_fault(slot, fault, &mut self.walker()) {
                 FastFault::Fixed => {
-                    if !mutation::active(Mutation::FastFaultUnlogged) {
+                    let unlogged = mutation::active(Mutation::FastFaultUnlogged);
+                    if !unlogged && !mutation::active(Mutation::MarkBeforeInstall) {
                         self.log(slots, slot);
                     }
                     return Ok(FaultOutcome::FixedFast);
@@ -302,13 +306,8 @@ impl<'a, S: SecondaryMmu> Path<'a, S> {
             return Ok(retry(RetryPoint::UnderLock, block));
         };
         let writable = install.page.page().is_writable() && !slot.flags.contains(SlotFlags::READ_ONLY);
-        if mutation::active(Mutation::MarkBeforeInstall) {
-            self.log(slots, slot);
-        }
         let mapped = secondary.map(fresh, slot, self.fault, install.page.page(), cache);
-        if let Ok(Mapped::Fixed) = mapped
-            && !mutation::active(Mutation::MarkBeforeInstall)
-        {
+        if let Ok(Mapped::Fixed) = mapped {
             self.log(slots, slot);
         }
         if mutation::active(Mutation::ReleaseAfterUnlock) {

@@ -8,6 +8,7 @@
 //! default that keeps the whole job within minutes.
 
 mod active;
+mod dirty;
 mod engine;
 mod handshake;
 mod intent;
