@@ -248,6 +248,38 @@ fn a_changed_word_is_noticed() {
     assert_eq!((first.kind, first.gfn), (WrongKind::Torn, Gfn::new(3)));
 }
 
+/// Between two accesses: the versions of the stamps say what was written since the last time.
+#[test]
+fn a_guest_that_stands_still_has_written_what_it_says() {
+    let Running { primary, guest, .. } = start::<Sv39x4>(2, Workload::HOT, None);
+    let stamps = || -> Vec<_> {
+        (0..FRAMES).map(|page| primary.ram.frame(Pfn::new(page))[0].load(Ordering::Relaxed)).collect()
+    };
+    let mut before = {
+        let still = guest.pause().expect("a software guest");
+        drop(still.take_written());
+        stamps()
+    };
+    for _ in 0..50 {
+        let accesses = guest.counters().accesses;
+        while guest.counters().accesses == accesses {
+            std::thread::yield_now();
+        }
+        let still = guest.pause().expect("a software guest");
+        let (counters, now) = (guest.counters(), stamps());
+        let written = still.take_written();
+        for page in 0..FRAMES {
+            let changed = before[page as usize] != now[page as usize];
+            assert_eq!(written.contains(Gfn::new(page)), changed, "page {page}");
+        }
+        std::thread::yield_now();
+        assert_eq!((guest.counters(), stamps() == now), (counters, true), "it stands still");
+        before = now;
+    }
+    let report = guest.stop().expect("it stops");
+    assert_eq!((report.counters().wrong, report.failure()), (0, None));
+}
+
 #[test]
 fn a_mapping_is_no_memory_for_it_nor_frames_for_others() {
     let memory = GuestMemory::in_frames(1 << 20);
