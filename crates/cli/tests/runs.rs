@@ -118,7 +118,7 @@ fn the_default_is_a_kvm_guest() {
     let echoed = json!({
         "duration_ms": 1000, "vcpus": 2, "memory": 256 << 20, "resident": 64 << 20, "page_size": "4k",
         "backing": "shared", "workload": "stamp", "source": null, "invalidate": ["evict", "discard"],
-        "precheck": "both", "sequence": "region", "uffds": 1, "workers": 1, "seed": 1,
+        "precheck": "both", "sequence": "region", "witness": "intent", "uffds": 1, "workers": 1, "seed": 1,
     });
     let run = good(&[], echoed);
     assert_eq!(run.json["guest"], "kvm");

@@ -71,7 +71,7 @@ pub(crate) struct RunArgs {
     #[arg(long, value_enum, default_value_t = SequenceChoice::Region)]
     sequence: SequenceChoice,
     /// What a fault holds from its check to its install
-    #[arg(long, value_enum, default_value_t = WitnessChoice::Lock)]
+    #[arg(long, value_enum, default_value_t = WitnessChoice::Intent)]
     witness: WitnessChoice,
     /// What becomes of a fault that an invalidation made retry: let go to fault again, as in Linux, which makes the most
     /// of every race; or parked until the invalidation has ended, which costs no CPU
