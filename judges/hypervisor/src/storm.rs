@@ -171,7 +171,7 @@ impl PrimaryMmu for Primary {
         }
         let pfn = self.frame(fault.gfn - slot.base);
         // Sometimes it takes so long that the page is another's by now.
-        if cpus::clock() & 0b110000 == 0 {
+        if cpus::clock() & 0b10000 == 0 {
             cpus::wait(A_WHILE);
         }
         Ok(Page { pfn, block: self.backing })
