@@ -1,8 +1,9 @@
 //! Hardware stage-2 page tables that many vCPUs change at once: what a guest's accesses are translated by.
 //!
 //! * [`Format`] says what the words mean: Intel EPT, AMD NPT, Arm VMSAv8-64 stage 2, RISC-V Sv39x4 and Sv48x4.
-//! * [`Tables`] are the tables: any number of threads map, walk, zap, protect and age at once, without a lock.
-//! * [`Stage2`] is the engine's [`SecondaryMmu`](afterimage_mmu::SecondaryMmu) over them.
+//! * [`Tables`] are the tables: any number of threads map, walk, zap, protect, age, split and collapse at once, without a
+//!   lock.
+//! * [`Stage2`] is the engine's [`SecondaryMmu`](afterimage_mmu::SecondaryMmu) over them; it frees tables that go.
 //! * [`TableMemory`] is where the tables lie, [`TableCache`] what a vCPU keeps of it at hand.
 #![no_std]
 #![warn(clippy::std_instead_of_core, clippy::std_instead_of_alloc, clippy::alloc_instead_of_core)]
