@@ -92,6 +92,8 @@ pub(crate) struct Seen {
     pub(crate) most_retries: u64,
     pub(crate) most_ends: u64,
     pub(crate) doomed_cpu_ns: u64,
+    /// CPU time of all that it did.
+    pub(crate) cpu_ns: u64,
     pub(crate) failure: Option<String>,
     pub(crate) recording: Recording,
 }
@@ -138,6 +140,7 @@ impl<'m, 'r> Guest<'m, 'r> {
     /// left.
     pub(crate) fn run(mut self, over: &AtomicBool, abandoned: &AtomicBool) -> Seen {
         start_of_slice();
+        let before = cpu_ns();
         while (self.pending.is_some() || !over.load(Ordering::Relaxed))
             && !abandoned.load(Ordering::Relaxed)
             && self.seen.failure.is_none()
@@ -155,6 +158,7 @@ impl<'m, 'r> Guest<'m, 'r> {
                 self.fault(gfn);
             }
         }
+        self.seen.cpu_ns = cpu_ns() - before;
         self.seen
     }
 

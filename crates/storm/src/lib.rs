@@ -25,5 +25,5 @@ pub use policy::{
     AfterRetry, Coverage, Policies, Precheck, Scenario, Sequence, Turns, UnknownChoice, Witness, Yielding,
 };
 pub use recording::{Event, Recording, What};
-pub use sim::{Compared, Costs, Simulated, Simulation};
+pub use sim::{Compared, Costs, Cut, Simulated, Simulation};
 pub use storm::{MAX_MEMORY, MAX_VCPUS, Run, Storm, StormError};

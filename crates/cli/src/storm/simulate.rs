@@ -4,7 +4,7 @@ use std::fmt::{self, Display};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use afterimage_storm::{Compared, Costs, Outcome, Simulation};
+use afterimage_storm::{Compared, Costs, Cut, Outcome, Simulation};
 use anyhow::Result;
 
 use super::options::StormPlan;
@@ -35,10 +35,13 @@ pub(super) fn simulate(
             break;
         }
         next(index * plan.matrix.repeat, &format!("{} {}", storm.scenario, storm.policies));
-        if let Some((outcome, is_cut)) = simulation.outcome(storm, plan.matrix.repeat, interrupted) {
-            if is_cut {
+        if let Some((outcome, cut_off)) = simulation.outcome(storm, plan.matrix.repeat, interrupted) {
+            if let Some(Cut { unfinished }) = cut_off {
                 let after = show_duration(Duration::from_nanos(outcome.cell.median.elapsed_ns));
-                cut.push(format!("{} {}: {after}", storm.scenario, storm.policies));
+                cut.push(format!(
+                    "{} {}: {after}, {unfinished} under way then",
+                    storm.scenario, storm.policies
+                ));
             }
             outcomes.push(outcome);
         }
@@ -69,7 +72,10 @@ impl Display for Worth {
             writeln!(f, "  {threads:<14}{name:<20}{what:<24}{real:>14.1}{simulated:>14.1}{error:>10}")?;
         }
         if !self.cut.is_empty() {
-            writeln!(f, "ended early, being too many events; how much virtual time was covered:")?;
+            writeln!(
+                f,
+                "ended early, being too many events; virtual time that was covered, faults and invalidations unfinished:"
+            )?;
         }
         for cut in &self.cut {
             writeln!(f, "  {cut}")?;

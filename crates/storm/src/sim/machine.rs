@@ -560,7 +560,9 @@ impl Machine {
         let start = from.start.as_u64() + place * frames;
         invalidator.frames = (start, start + frames);
         let served = self.costs.to_hint + self.costs.fault_in + self.costs.locked + self.costs.install;
-        let delay = if populates { frames as f64 * served } else { 0.0 };
+        // All is mapped at the start.
+        let is_first = self.invalidators[who].at == 1;
+        let delay = if populates && !is_first { frames as f64 * served } else { 0.0 };
         self.after(delay, Event::Ready(who));
     }
 
