@@ -274,6 +274,16 @@ impl Invalidations {
         self.in_progress.load(Ordering::Acquire)
     }
 
+    /// Publishes all ranges of an invalidation, and then raises the count. `mmu_lock` is held for write. Nobody ever sees it
+    /// active without its ranges. What was noted of them is for [`end`](Self::end).
+    pub(crate) fn begin_with(&self, ranges: impl Iterator<Item = GfnRange> + Clone) -> Tracks {
+        let active = self.in_progress.load(Ordering::Relaxed);
+        let tracks = self.ranges.begin_with(active == 0, ranges);
+        let ordering = mutation::unless(Mutation::BeginRelaxed, Ordering::Release);
+        self.in_progress.store(active + 1, ordering);
+        tracks
+    }
+
     /// Raises the count. `mmu_lock` is held for write.
     pub(crate) fn begin(&self) {
         let active = self.in_progress.load(Ordering::Relaxed);
@@ -295,13 +305,8 @@ impl Invalidations {
         Ok(())
     }
 
-    /// Notes the ranges exactly that the invalidation which has begun last has added: all of them. `mmu_lock` is held for write.
-    pub(crate) fn track(&self, ranges: impl Iterator<Item = GfnRange>) -> Tracks {
-        self.ranges.track(ranges)
-    }
-
     /// Bumps the sequence, then drops the count. `mmu_lock` is held for write. `range` holds every range that this
-    /// invalidation added; `None`: not known. `tracks` is what [`track`](Self::track) said.
+    /// invalidation added; `None`: not known. `tracks` is what [`begin_with`](Self::begin_with) said.
     pub(crate) fn end(&self, range: Option<GfnRange>, tracks: Tracks) -> Result<(), InvalidationError> {
         let active = self.in_progress.load(Ordering::Relaxed);
         if active == 0 {

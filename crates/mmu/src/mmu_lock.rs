@@ -191,12 +191,12 @@ impl<P: Platform> MmuWriteGuard<'_, P> {
         self.end_tracked(range, Tracks::default())
     }
 
-    /// Notes exactly which ranges were added since `begin`: all of them.
-    pub(crate) fn track(&mut self, ranges: impl Iterator<Item = GfnRange>) -> Tracks {
-        self.lock.invalidations.track(ranges)
+    /// Announces that an invalidation of all these ranges is active.
+    pub(crate) fn begin_with(&mut self, ranges: impl Iterator<Item = GfnRange> + Clone) -> Tracks {
+        self.lock.invalidations.begin_with(ranges)
     }
 
-    /// Like [`end_of`](Self::end_of), for an invalidation whose ranges were noted.
+    /// Like [`end_of`](Self::end_of), for an invalidation that was begun [`with`](Self::begin_with) its ranges.
     pub(crate) fn end_tracked(&mut self, range: GfnRange, tracks: Tracks) -> Result<(), InvalidationError> {
         self.lock.invalidations.end(Some(range), tracks)
     }

@@ -7,7 +7,8 @@
 //!
 //! 1. Count the event: memslots stay as they are from here to the end.
 //! 2. Where faults that were retried too often have a turn: let those on these frames go first (module `turns`).
-//! 3. If a slot lies over the range, in any address space: take `mmu_lock`, `begin`, and `add_range` for each such slot.
+//! 3. If a slot lies over the range, in any address space: take `mmu_lock`, publish the ranges of all such slots, and then the
+//!    count: `begin` and `add_range` in one.
 //! 4. Where faults announce intents instead of taking the lock: give up the lock, wait until nobody holds an intent for
 //!    frames of these ranges, take the lock again. Nobody else waits meanwhile.
 //! 5. Zap the ranges. The zap may give up the lock between two entries.
@@ -63,11 +64,7 @@ impl<S: SecondaryMmu> GuestMmu<S> {
                 self.give_turns(|block| ranges().any(|(_, gfns)| gfns.overlaps(block)));
             }
             let mut guard = self.write_timed();
-            guard.begin();
-            for (_, gfns) in ranges() {
-                guard.add_range(gfns).expect("begin was called above, and the slots give no empty ranges");
-            }
-            tracks = guard.track(ranges().map(|(_, gfns)| gfns));
+            tracks = guard.begin_with(ranges().map(|(_, gfns)| gfns));
             if self.policy().witness == WitnessKind::Intent {
                 drop(guard);
                 self.drain(|block| ranges().any(|(_, gfns)| gfns.overlaps(block)));

@@ -4,9 +4,9 @@
 //!
 //! | word | changed by, with `mmu_lock` held for write | meaning |
 //! |---|---|---|
-//! | `start`, `end` | `add` | hull of every range added since an invalidation last began with none active |
-//! | `untracked` | `begin` +1, `track` −1, `end` −1 if not tracked | active invalidations whose ranges only the hull knows |
-//! | `tracked[..]` | `track` writes, `end` empties | a range of an active invalidation each |
+//! | `start`, `end` | `begin_with`, `add` | hull of every range added since an invalidation last began with none active |
+//! | `untracked` | begin +1 and `end` −1, if not tracked | active invalidations whose ranges only the hull knows |
+//! | `tracked[..]` | `begin_with` writes, `end` empties | a range of an active invalidation each |
 //!
 //! The hull is KVM's way: two words, and a frame between two ranges is refused until the last of them ends. With
 //! [`Coverage::Exact`] an invalidation also notes its ranges in a few entries, all of them or none. While `untracked` is 0 the
@@ -17,9 +17,8 @@
 //! A verdict that rests on an announced intent reads these words while they change. The loads are Acquire and in this order:
 //! the count of active invalidations, then `untracked`, then the entries or the hull, then the sequence.
 //!
-//! Take an invalidation that covers the frames, and whose count the verdict has read. `begin` raised `untracked` before the
-//! count, so a 0 was read there from its `track` or later: its entries are visible then, or what its end, or a later
-//! invalidation, has written into them. An end empties its entries after it has bumped the sequence, and the stores are
+//! Take an invalidation that covers the frames, and whose count the verdict has read. Its entries, or `untracked`, and the hull
+//! were written before the count: they are visible then, or what its end, or a later invalidation, has written there. An end empties its entries after it has bumped the sequence, and the stores are
 //! Release: so whoever finds them empty, or reused, finds the sequence moved. Likewise for `untracked` and the hull. An
 //! entry that is half written belongs to an invalidation that has not looked at the announcements yet.
 
@@ -27,7 +26,7 @@ use crate::addr::{Gfn, GfnRange};
 use crate::mutation::{self, Mutation};
 use crate::sync::{AtomicU64, Ordering};
 
-/// Both bounds while a `begin` has not yet been followed by an `add`. No gfn reaches it.
+/// Both bounds while a bare `begin` has not yet been followed by an `add`. No gfn reaches it.
 const SENTINEL: u64 = u64::MAX;
 
 /// Entries for exact ranges.
@@ -120,7 +119,27 @@ impl Ranges {
         }
     }
 
-    /// Before the count is raised; `first`: it was 0.
+    /// Before the count is raised, with all ranges; `first`: it was 0.
+    pub(crate) fn begin_with(&self, first: bool, ranges: impl Iterator<Item = GfnRange> + Clone) -> Tracks {
+        // Release: who reads what is written here reads what the ends before it bumped.
+        let ordering = mutation::unless(Mutation::BeginRelaxed, Ordering::Release);
+        let now = GfnRange::new(
+            Gfn::new(self.start.load(Ordering::Relaxed)),
+            Gfn::new(self.end.load(Ordering::Relaxed)),
+        );
+        let active = (!first).then_some(now);
+        if let Some(hull) = active.into_iter().chain(ranges.clone()).reduce(GfnRange::hull) {
+            self.start.store(hull.start.as_u64(), ordering);
+            self.end.store(hull.end.as_u64(), ordering);
+        }
+        let tracks = self.track(ranges, ordering);
+        if self.coverage == Coverage::Exact && tracks == Tracks::default() {
+            self.untracked.store(self.untracked.load(Ordering::Relaxed) + 1, ordering);
+        }
+        tracks
+    }
+
+    /// Before the count is raised; `first`: it was 0. The ranges follow.
     pub(crate) fn begin(&self, first: bool) {
         // Release: who reads emptied bounds reads what the ends before it bumped.
         let ordering = mutation::unless(Mutation::BeginRelaxed, Ordering::Release);
@@ -149,12 +168,11 @@ impl Ranges {
         self.start.load(Ordering::Relaxed) != SENTINEL
     }
 
-    /// Notes all ranges of an invalidation that has begun, if there are entries enough.
-    pub(crate) fn track(&self, ranges: impl Iterator<Item = GfnRange>) -> Tracks {
+    /// Notes all of the ranges, if there are entries enough.
+    fn track(&self, ranges: impl Iterator<Item = GfnRange>, ordering: Ordering) -> Tracks {
         if self.coverage == Coverage::Hull {
             return Tracks::default();
         }
-        let ordering = mutation::unless(Mutation::BeginRelaxed, Ordering::Release);
         let mut tracks = Tracks::default();
         for range in ranges {
             let Some(free) = self.tracked.iter().position(Bounds::is_free) else {
@@ -163,9 +181,6 @@ impl Ranges {
             };
             tracks.0 |= 1 << free;
             self.tracked[free].set(range.start.as_u64(), range.end.as_u64(), ordering);
-        }
-        if tracks != Tracks::default() {
-            self.untracked.store(self.untracked.load(Ordering::Relaxed) - 1, ordering);
         }
         tracks
     }

@@ -322,7 +322,7 @@ impl SlotSet {
     }
 
     /// Every slot that `hvas` touches, in every address space, with the frames that it touches.
-    pub fn touching(&self, hvas: HvaRange) -> impl Iterator<Item = (&Memslot, GfnRange)> {
+    pub fn touching(&self, hvas: HvaRange) -> impl Iterator<Item = (&Memslot, GfnRange)> + Clone {
         #[cfg(loom)]
         self.watched.with(|_| ());
         let behind = self.by_hva.partition_point(|entry| entry.slot.hva < hvas.end);

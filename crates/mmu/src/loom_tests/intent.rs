@@ -59,9 +59,7 @@ impl<P: Platform> Block<P> {
 
     fn begin(&self, range: GfnRange) -> Tracks {
         let mut guard = self.lock.write();
-        guard.begin();
-        guard.add_range(range).expect("it has begun");
-        let tracks = guard.track(core::iter::once(range));
+        let tracks = guard.begin_with(core::iter::once(range));
         drop(guard);
         self.words.drain(|block| block.overlaps(range));
         tracks
