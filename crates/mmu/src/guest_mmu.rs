@@ -185,15 +185,22 @@ impl<S: SecondaryMmu> GuestMmu<S> {
     /// A [`Retry`](crate::Retry) because the slot is changing has nothing to do with invalidations: this returns at once then,
     /// and the caller had better give the CPU away before it tries again.
     ///
+    /// With [`Policy::turn_after`] it also returns when an invalidation has ended whose end counts for the frames (see
+    /// [`SequenceScope`]), though another covers them by then: in a stream of invalidations the fault comes back, is counted
+    /// as retried once more, and has its turn in the end.
+    ///
     /// Costs no CPU, and no lock: an invalidation that is ending is either seen here as over, or sees the waiter.
     pub fn wait(&self, range: GfnRange) {
+        let since = self.lock.invalidations().snapshot_of(range);
         loop {
             let marked = if mutation::active(Mutation::WaitWithoutMark) {
                 self.ended.load(Ordering::Acquire)
             } else {
                 self.ended.fetch_or(WAITERS, Ordering::AcqRel) | WAITERS
             };
-            if !self.lock.invalidations().covers(range) {
+            let comes_back =
+                self.policy.turn_after.is_some() && self.lock.invalidations().snapshot_of(range) != since;
+            if comes_back || !self.lock.invalidations().covers(range) {
                 return;
             }
             S::Platform::wait(&self.ended, marked);

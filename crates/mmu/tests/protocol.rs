@@ -122,6 +122,7 @@ tests! {
         who_may_not_block_lets_nobody_go_first,
         inside_an_invalidation_nobody_is_let_go_first,
         a_page_that_needs_io_has_no_turn,
+        who_parks_comes_back_at_each_end,
     }
     waiting {
         without_an_invalidation_nobody_waits,

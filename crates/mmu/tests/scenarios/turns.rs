@@ -2,12 +2,15 @@
 //!
 //! One thread plays both: what a vCPU does while an invalidation lets it go first runs when the invalidation spins.
 
+use std::sync::Arc;
+
 use afterimage_mmu::{Access, Blocking, FaultInError, FaultOutcome, Policy, RetryPoint, Zap};
 
 use crate::support::frames::Frames;
+use crate::support::gate::{Finished, Parks};
 use crate::support::hooks::Point;
 use crate::support::machine::{Guest, Machine, both};
-use crate::support::platform::{never_spun, when_spinning};
+use crate::support::platform::{never_spun, tell_when_parked, when_spinning};
 use crate::support::table::Entry;
 
 const AFTER: u32 = 2;
@@ -92,6 +95,25 @@ pub(crate) fn inside_an_invalidation_nobody_is_let_go_first() {
     drop(machine.invalidate(40, 41));
     assert!(never_spun());
     drop(outer);
+}
+
+/// Parked in a stream of invalidations it would sleep through all of them, and never be retried often enough.
+pub(crate) fn who_parks_comes_back_at_each_end() {
+    let machine = machine();
+    let parks = Arc::new(Parks::default());
+    let (first, next) = (machine.invalidate(3, 4), machine.invalidate(3, 4));
+    std::thread::scope(|scope| {
+        let waiter = scope.spawn(|| {
+            let _finished = Finished(&parks);
+            tell_when_parked(&parks);
+            machine.mmu.wait(Guest::frame(3));
+        });
+        parks.until(1);
+        drop(first);
+        waiter.join().expect("waiting does not panic");
+        assert!(machine.mmu.invalidations().covers(Guest::frame(3)), "the next one covers it all the same");
+    });
+    drop(next);
 }
 
 /// A page that has to be read first would make the invalidation wait for I/O.
