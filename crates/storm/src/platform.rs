@@ -22,8 +22,9 @@ static TICKS: AtomicU64 = AtomicU64::new(0);
 
 /// Whether there are more threads than CPUs.
 static CROWDED: AtomicBool = AtomicBool::new(false);
-/// Turns of a spin between two in which others may run, where it is crowded.
-const TURNS: u32 = 32;
+/// Turns of a spin between two in which others may run, where it is crowded: some tens of microseconds. Each time can be a
+/// whole slice of the scheduler's, and the engine bounds some waits by turns.
+const TURNS: u32 = 1024;
 
 thread_local! {
     /// Turns that this thread has spun.
