@@ -232,7 +232,8 @@ fn a_page_that_moves_without_an_invalidation_is_noticed() {
         }
         let report = guest.stop().expect("it stops");
         let first = report.wrong_pages().next().expect("it was written down");
-        assert_eq!(first.kind, WrongKind::Stale, "{}: {first}", F::NAME);
+        // The old frame is poisoned while it may be read: then it shows both.
+        assert!(matches!(first.kind, WrongKind::Stale | WrongKind::Torn), "{}: {first}", F::NAME);
     }
     in_every_format!(check);
 }
