@@ -5,8 +5,9 @@
 //! pauser: `wanted` ──waits until all that have not ended are parked──► looks ──resumes
 //! ```
 //!
-//! A vCPU parks only between two accesses of its program: each store that it has raised a fault for has been made then.
-//! (One that is stopped while its fault is retried has installed nothing for it.) A frame is marked as written when a store to
+//! A vCPU parks only between two accesses of its program: each store that it has raised a fault for has been made then. One that
+//! is stopped for good may end in the middle of an access instead: a fault of it may have been served, and its page taken away
+//! again, and the store is never made ([`Paused::is_whole`]). A frame is marked as written when a store to
 //! it is done, so what is marked at a pause is exactly what was written.
 
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -80,10 +81,17 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[must_use = "the guest goes on when this is dropped"]
 pub struct Paused<'g> {
     pause: &'g Pause,
+    is_whole: bool,
     _one: MutexGuard<'g, ()>,
 }
 
 impl Paused<'_> {
+    /// Whether every vCPU stands between two accesses. If not, one has ended, and may have left out a store that it had raised
+    /// a fault for.
+    pub fn is_whole(&self) -> bool {
+        self.is_whole
+    }
+
     /// The frames that the guest has written since this was called last.
     pub fn take_written(&self) -> DirtyFrames {
         // The lock that vCPUs parked under orders their marks before this.
@@ -119,7 +127,8 @@ impl GuestHandle {
             let waited = pause.changed.wait_timeout(parked, LOOK_EVERY);
             (parked, _) = waited.unwrap_or_else(PoisonError::into_inner);
         }
+        let is_whole = *parked == self.vcpus();
         drop(parked);
-        Ok(Paused { pause, _one: one })
+        Ok(Paused { pause, is_whole, _one: one })
     }
 }
