@@ -3,13 +3,13 @@
 use std::hint::black_box;
 
 use afterimage_mmu::{
-    Access, Barrier, FRAME_BYTES, Fault, FaultKind, Found, Gfn, GfnRange, GuestMmu, Hva, Mapped, Memslot,
-    MmuLock, PageRef, PageSize, PageUse, Pfn, Policy, Privacy, SecondaryMmu, SlotId, SpaceId, WitnessKind,
+    Access, Barrier, FRAME_BYTES, Fault, FaultKind, Found, Gfn, GfnRange, GuestMmu, Hva, Memslot, MmuLock,
+    PageRef, PageSize, PageUse, Pfn, Policy, Privacy, SecondaryMmu, SlotId, SpaceId, WitnessKind,
 };
 use afterimage_stage2::{HeapMemory, Host, Npt4, Stage2, TableCache, Tables};
 use afterimage_uffd::Linux;
 
-use crate::{FRAMES, leaf};
+use crate::{FRAMES, leaf, until_fixed};
 
 /// A page without a count.
 #[derive(Clone, Copy, Debug)]
@@ -69,15 +69,16 @@ impl Whole {
                 found: Found::Absent,
                 privacy: Privacy::Shared,
             };
-            assert!(tables.top_up(&mut cache));
-            let block = tables.block(slot, gfn);
-            let since = mmu.invalidations().snapshot_of(block);
-            assert!(mmu.hint(since, block).is_none());
-            let page = Number(Pfn::new(pfn));
-            let intent = vcpu.announce(block);
-            let fresh = mmu.invalidations().verify(&intent, since, block).expect("nobody invalidates");
-            let mapped = tables.map(fresh, slot, &fault, &page, &mut cache);
-            assert!(matches!(mapped, Ok(Mapped::Fixed)));
+            until_fixed(|| {
+                assert!(tables.top_up(&mut cache));
+                let block = tables.block(slot, gfn);
+                let since = mmu.invalidations().snapshot_of(block);
+                assert!(mmu.hint(since, block).is_none());
+                let page = Number(Pfn::new(pfn));
+                let intent = vcpu.announce(block);
+                let fresh = mmu.invalidations().verify(&intent, since, block).expect("nobody invalidates");
+                tables.map(fresh, slot, &fault, &page, &mut cache)
+            });
         }
     }
 }
@@ -99,15 +100,17 @@ impl Locked {
         let mut cache = TableCache::default();
         move |gfn, pfn| {
             let gfn = black_box(Gfn::new(gfn));
-            assert!(tables.top_up(&mut cache));
-            let block = GfnRange::frame(gfn);
-            let since = words.snapshot_of(block);
-            assert!(words.hint(since, block).is_none());
-            let witness = lock.read();
-            let fresh = words.verify(&witness, since, block).expect("nobody invalidates");
-            let mapped = tables.map(gfn, leaf(pfn), &mut cache);
-            drop(fresh);
-            assert!(matches!(mapped, Ok(Mapped::Fixed)));
+            until_fixed(|| {
+                assert!(tables.top_up(&mut cache));
+                let block = GfnRange::frame(gfn);
+                let since = words.snapshot_of(block);
+                assert!(words.hint(since, block).is_none());
+                let witness = lock.read();
+                let fresh = words.verify(&witness, since, block).expect("nobody invalidates");
+                let mapped = tables.map(gfn, leaf(pfn), &mut cache);
+                drop(fresh);
+                mapped
+            });
         }
     }
 }
