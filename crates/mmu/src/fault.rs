@@ -18,6 +18,7 @@
 //! | 14 | witness: `mmu_lock` for read | |
 //! | 15 | **verify**, root still valid, not released | `Retry(UnderLock)`, `Released` |
 //! | 16 | map; then the dirty log | `Fixed`, `Spurious`, `Retry(LostRace)` |
+//! | 16a | a larger page is in the way that must be broken first: page back, unlock, split it with the lock held for write | `Retry(LostRace)` |
 //! | 17 | page goes back, used or unused, witness still held; then unlock | |
 //!
 //! A fault without a slot skips 11, 13 and 15: it uses no page, and is guarded by the memslot generation. Whoever gets
@@ -325,6 +326,15 @@ impl<'a, S: SecondaryMmu> Path<'a, S> {
                 self.shared.counters.fault_in_wasted();
                 Ok(retry(RetryPoint::LostRace, block))
             }
+            Ok(Mapped::LargerLeaf) => {
+                // Page and witness go first: who splits waits for the lock, and for every vCPU in the guest.
+                drop(install);
+                self.shared.counters.fault_in_wasted();
+                match self.mmu.split_around(slot, self.fault.gfn, cache) {
+                    Ok(()) => Ok(retry(RetryPoint::LostRace, block)),
+                    Err(cause) => Err(FaultError::CannotMap { gfn: self.fault.gfn, cause }),
+                }
+            }
             Err(cause) => Err(FaultError::CannotMap { gfn: self.fault.gfn, cause }),
         }
     }
@@ -362,7 +372,7 @@ impl<'a, S: SecondaryMmu> Path<'a, S> {
                 self.shared.counters.poison_installed();
                 Err(FaultError::Poisoned { gfn, cause })
             }
-            Ok(Mapped::LostRace) => Ok(retry(RetryPoint::LostRace, block)),
+            Ok(Mapped::LostRace | Mapped::LargerLeaf) => Ok(retry(RetryPoint::LostRace, block)),
             Err(cause) => Err(FaultError::CannotMap { gfn, cause }),
         }
     }

@@ -195,6 +195,9 @@ pub enum Mapped {
     Spurious,
     /// Someone else changed the entry at the same time: retry, never loop here.
     LostRace,
+    /// A larger page maps the frame, forbids the access, and must be broken before smaller ones can take its place. The
+    /// engine has it [split](SecondaryMmu::split_around), and the fault is retried.
+    LargerLeaf,
 }
 
 /// What a zap leaves of a translation.
@@ -331,6 +334,18 @@ pub trait SecondaryMmu: Sized + Send + Sync {
     /// memory for the tables, and some are left.
     fn split_large(&self, _slot: &Memslot, _gfns: GfnRange, _walk: &mut ZapWalk<'_, Self>) -> bool {
         true
+    }
+
+    /// Maps `gfn` of `slot` singly if a larger page maps it, without anyone noticing and with nothing but `cache`: for a fault that
+    /// [`map`](Self::map) answered with [`Mapped::LargerLeaf`].
+    fn split_around(
+        &self,
+        _slot: &Memslot,
+        _gfn: Gfn,
+        _cache: &mut Self::Cache,
+        _walk: &mut ZapWalk<'_, Self>,
+    ) -> Result<(), Self::Error> {
+        Ok(())
     }
 
     /// Maps frames of `gfns` of `slot` by larger pages again that are mapped singly and could be, without anyone

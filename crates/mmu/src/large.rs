@@ -3,11 +3,15 @@
 //! The guest notices neither. A split ahead of time spares each vCPU the split at its first write; a recovery gives the
 //! large pages back when logging is over. Both run under `mmu_lock` and give way like a zap.
 //!
+//! A fault that finds a larger page in its way splits that one page, by its install, or, where the entry must be broken first, under
+//! `mmu_lock` here. Then the fault is retried, and finds a page of its own size.
+//!
 //! Source: Linux `kvm_mmu_slot_try_split_huge_pages`, `kvm_mmu_recover_huge_pages`.
 
+use crate::addr::Gfn;
 use crate::guest_mmu::GuestMmu;
 use crate::host::{Blocking, SecondaryMmu};
-use crate::slots::{SlotError, SlotId, SpaceId};
+use crate::slots::{Memslot, SlotError, SlotId, SpaceId};
 use crate::zap::ZapWalk;
 
 impl<S: SecondaryMmu> GuestMmu<S> {
@@ -35,5 +39,19 @@ impl<S: SecondaryMmu> GuestMmu<S> {
         self.secondary().recover_large(&slot, slot.gfns(), &mut walk);
         walk.finish();
         Ok(())
+    }
+
+    /// Splits the larger page around `gfn` for a fault, which keeps the slot in place and holds no witness. The page maps what it
+    /// mapped, so that nothing has to be verified.
+    pub(crate) fn split_around(
+        &self,
+        slot: &Memslot,
+        gfn: Gfn,
+        cache: &mut S::Cache,
+    ) -> Result<(), S::Error> {
+        let mut walk = ZapWalk::start(self, Blocking::Allowed);
+        let split = self.secondary().split_around(slot, gfn, cache, &mut walk);
+        walk.finish();
+        split
     }
 }

@@ -17,7 +17,7 @@ pub enum RetryPoint {
     AfterFaultIn,
     /// By the check that counts.
     UnderLock,
-    /// Another thread changed the same entry at the same time.
+    /// The entry is another by now: somebody changed it at the same time, or a larger page there was split for this fault.
     LostRace,
     /// The slot is being deleted or moved.
     SlotChanging,

@@ -8,11 +8,11 @@
 //!
 //! | from the engine | on the entries |
 //! |---|---|
-//! | `map` | absent to leaf, or more permission for the same frame; a large leaf is split if only a part gains |
+//! | `map` | absent to leaf, or more permission for the same frame; a large leaf is split if only a part gains, by `split_around` where it must be broken first |
 //! | `fast_fault` | more permission for a present leaf: loses to any zap, so needs no verdict |
 //! | `zap` | leaf to absent; or write-protected, see `stage2/zap.rs` |
 //! | `zap_slot` | the same, and tables that are within the slot are unlinked and freed |
-//! | `split_large`, `recover_large` | a large leaf to a table, and back |
+//! | `split_large`, `split_around`, `recover_large` | a large leaf to a table, and back |
 //! | `age` | the mark away |
 //!
 //! A frame whose content is lost stays absent: every access of it faults, and the primary MMU says so again each time. A
@@ -203,7 +203,7 @@ impl<F: Format, H: Host> SecondaryMmu for Stage2<F, H> {
         match upgraded {
             Some(Mapped::Fixed) => FastFault::Fixed,
             Some(Mapped::Spurious) => FastFault::Spurious,
-            Some(Mapped::LostRace) | None => FastFault::NotApplicable,
+            Some(Mapped::LostRace | Mapped::LargerLeaf) | None => FastFault::NotApplicable,
         }
     }
 
@@ -273,6 +273,16 @@ impl<F: Format, H: Host> SecondaryMmu for Stage2<F, H> {
 
     fn split_large(&self, slot: &Memslot, gfns: GfnRange, walk: &mut ZapWalk<'_, Self>) -> bool {
         self.split_each(slot, gfns, walk)
+    }
+
+    fn split_around(
+        &self,
+        slot: &Memslot,
+        gfn: Gfn,
+        cache: &mut Self::Cache,
+        walk: &mut ZapWalk<'_, Self>,
+    ) -> Result<(), MapError> {
+        self.split_down_to(slot, gfn, cache, walk)
     }
 
     fn recover_large(&self, slot: &Memslot, gfns: GfnRange, walk: &mut ZapWalk<'_, Self>) {

@@ -51,8 +51,9 @@ rules! {
     tables_are_freed_after_the_last_walk: FreeAtOnce of tables is noticed by large::tables_outlive_walks::<X86>;
     the_engine_waits_for_walks: FreeWithoutQuiescence of engine is noticed by large::tables_outlive_walks::<X86>;
     a_split_breaks_first: SplitWithoutBreak of tables is noticed by
-        large::split_and_recover::<Arm>, frozen::zaps_wait::<Arm>;
-    a_split_keeps_marks: SplitLosesDirty of tables is noticed by large::marks_are_kept::<X86>;
+        large::split_and_recover::<Arm>, large::faults_split::<Arm>, frozen::zaps_wait::<Arm>;
+    a_split_keeps_marks: SplitLosesDirty of tables is noticed by
+        large::marks_are_kept::<X86>, large::faults_split::<X86>, large::faults_split::<Arm>;
     a_collapse_keeps_marks: CollapseLosesDirty of tables is noticed by large::marks_are_kept::<X86>;
     a_frozen_entry_is_not_overwritten: FrozenOverwritten of tables is noticed by frozen::installs_back_off::<Arm>;
     a_frozen_entry_is_not_passed_by: ZapSkipsFrozen of tables is noticed by frozen::zaps_wait::<Arm>;

@@ -49,7 +49,6 @@ struct Model {
 enum Did {
     Mapped(Mapped),
     Conflict,
-    LargerLeaf,
 }
 
 impl Model {
@@ -71,7 +70,7 @@ impl Model {
             let gains = writable.is_allowed() != found.writable.is_allowed()
                 || !writable.is_allowed() && writable != found.writable;
             let (start, found) = match found.size > wanted.size && gains {
-                true if breaks => return Did::LargerLeaf,
+                true if breaks => return Did::Mapped(Mapped::LargerLeaf),
                 true => {
                     self.split(gfn);
                     self.find(gfn).expect("it was split")
@@ -250,7 +249,6 @@ fn check_against_model<F: Format>(ops: &[Op]) {
                 let did = match tables.map(Gfn::new(gfn), wanted, &mut cache) {
                     Ok(mapped) => Did::Mapped(mapped),
                     Err(MapError::Conflict { .. }) => Did::Conflict,
-                    Err(MapError::LargerLeaf { .. }) => Did::LargerLeaf,
                     Err(other) => panic!("{other}"),
                 };
                 assert_eq!(did, model.map(gfn, wanted, F::BREAK_BEFORE_MAKE), "{op:?}");
@@ -437,7 +435,7 @@ fn install<F: Format>(tables: &Tables<F, HeapMemory>, order: impl Iterator<Item 
             match tables.map(Gfn::new(gfn), page(gfn + 1), &mut cache).expect("both map the same") {
                 Mapped::Fixed => fixed += 1,
                 Mapped::Spurious => {}
-                Mapped::LostRace => continue,
+                Mapped::LostRace | Mapped::LargerLeaf => continue,
             }
             break;
         }

@@ -369,7 +369,7 @@ where
         error: FaultError<M::Error, UffdError>,
     ) -> Result<Tried, UffdError> {
         match self.mmu.secondary().poison_at(self.page_of(raised)) {
-            Ok(Mapped::LostRace) => Ok(Tried::Again(Await::Memory)),
+            Ok(Mapped::LostRace | Mapped::LargerLeaf) => Ok(Tried::Again(Await::Memory)),
             // Nobody is left to wait.
             Ok(Mapped::Fixed | Mapped::Spurious) | Err(UffdError::Lost { .. }) => {
                 Ok(self.ended_badly(gfn, error))

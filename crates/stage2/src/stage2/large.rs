@@ -1,18 +1,18 @@
-//! Splitting large pages ahead of time, and recovering them.
+//! Splitting large pages, ahead of time or for a fault, and recovering them.
 //!
-//! Both hold `mmu_lock` for write and give way between two pages. A split takes tables from a cache that is topped up while
-//! the lock is given up: nothing allocates under it. A recovery asks the host how large a page really is, which nobody can
+//! All of it holds `mmu_lock` for write; what is about more than one page gives way between two. A split takes tables from a cache that is topped up
+//! while the lock is given up, or before it is taken: nothing allocates under it. A recovery asks the host how large a page really is, which nobody can
 //! change while the lock is held and no invalidation of the block is active.
 //!
 //! Source: Linux `kvm_tdp_mmu_try_split_huge_pages`, `kvm_tdp_mmu_recover_huge_pages`.
 
-use afterimage_mmu::{GfnRange, Level, Memslot, PageSize, Turn, ZapWalk, Zapped};
+use afterimage_mmu::{Gfn, GfnRange, Level, Memslot, PageSize, Turn, ZapWalk, Zapped};
 
 use super::{Host, Stage2};
 use crate::format::{Entry, Format};
 use crate::leaves::Step;
 use crate::memory::TableCache;
-use crate::tables::Split;
+use crate::tables::{MapError, Split};
 
 /// Why a splitting walk stopped.
 enum Stop {
@@ -81,6 +81,22 @@ impl<F: Format, H: Host> Stage2<F, H> {
             }
         }
         Stop::Done
+    }
+
+    /// Splits what maps `gfn` until it is mapped singly, for a fault.
+    pub(super) fn split_down_to(
+        &self,
+        slot: &Memslot,
+        gfn: Gfn,
+        cache: &mut TableCache<H::Memory>,
+        walk: &mut ZapWalk<'_, Self>,
+    ) -> Result<(), MapError> {
+        let (walking, mut steps) = walk.parts();
+        if let Some(tables) = self.tables(slot.space, walking) {
+            // Once for each size that there is.
+            while let Split::Done(_) = tables.split(gfn, cache, |gfns| steps.flush_now(gfns))? {}
+        }
+        Ok(())
     }
 
     pub(super) fn collapse_each(&self, slot: &Memslot, gfns: GfnRange, walk: &mut ZapWalk<'_, Self>) {

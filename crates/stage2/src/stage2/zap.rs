@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | unmap | absent | absent, as a whole |
 //! | write-protect, by the primary MMU | `Never`: the next write asks it again | absent: its next frame asks |
-//! | track, for the dirty log | `Protected`: the next write is recorded, and needs nobody | the same, and is split then; absent where a split would have to break it first |
+//! | track, for the dirty log | `Protected`: the next write is recorded, and needs nobody | the same, and is split then |
 //!
 //! An invalidation takes leaves only; tables stay, for the next fault. Where a slot goes, the tables that are within it go,
 //! from the lowest level up, so that each step is short: KVM's order for a whole root, too. Each is handed to the engine,
@@ -152,7 +152,7 @@ fn zap_leaf<F: Format>(entry: &LeafEntry<'_, F>, zap: Zap) -> (bool, Change) {
     let left = match zap {
         Zap::Unmap => None,
         Zap::WriteProtect => (!is_large).then_some(Writable::Never),
-        Zap::TrackDirty => (!is_large || !F::BREAK_BEFORE_MAKE).then_some(Writable::Protected),
+        Zap::TrackDirty => Some(Writable::Protected),
     };
     match left {
         None => (false, entry.take_away()),

@@ -1,6 +1,6 @@
 //! Why a translation cannot be installed.
 
-use afterimage_mmu::{Gfn, Level, PageSize};
+use afterimage_mmu::{Gfn, Level};
 
 use crate::format::{Leaf, Refused};
 
@@ -33,14 +33,6 @@ pub enum MapError {
         found: Leaf,
         /// What was to be.
         wanted: Leaf,
-    },
-    /// A larger leaf maps the frame and forbids the access; it would have to be split, or zapped.
-    #[error("guest frame {gfn} is mapped by a page of {size:?}, which must be split or zapped first")]
-    LargerLeaf {
-        /// The frame.
-        gfn: Gfn,
-        /// The size of the leaf there.
-        size: PageSize,
     },
     /// Someone else wrote into the tables.
     #[error("the entry of guest frame {gfn} at level {}, {raw:#x}, is not one of ours", .level.number())]

@@ -16,7 +16,7 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
     ///
     /// Where tables for smaller pages exist already, only the smaller page around `gfn` is mapped. Where a leaf of the
     /// same frame exists, it gains what `leaf` allows and it does not (`Fixed`), or allows all of it (`Spurious`); a larger
-    /// one is split first, so that its other frames gain nothing.
+    /// one is split first, so that its other frames gain nothing (`LargerLeaf`: it must be [broken](Self::split) for that).
     /// The caller has topped up `cache`, and knows that `leaf` is current.
     #[inline]
     pub fn map(&self, gfn: Gfn, leaf: Leaf, cache: &mut TableCache<M>) -> Result<Mapped, MapError> {
@@ -61,9 +61,7 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
                 Entry::Leaf(found) => match upgrade(gfn, found, wanted)? {
                     Upgrade::None => return Ok(Mapped::Spurious),
                     Upgrade::To(leaf) => return Ok(place.exchange(F::encode_leaf(leaf)?)),
-                    Upgrade::Smaller if F::BREAK_BEFORE_MAKE => {
-                        return Err(MapError::LargerLeaf { gfn, size: found.size });
-                    }
+                    Upgrade::Smaller if F::BREAK_BEFORE_MAKE => return Ok(Mapped::LargerLeaf),
                     Upgrade::Smaller => match self.split_at(place, found, gfn, cache, |_| ())? {
                         Split::Done(_) => {}
                         Split::NotLarge | Split::LostRace => return Ok(Mapped::LostRace),

@@ -3,7 +3,9 @@
 use afterimage_mmu::{
     Access, Blocking, FaultOutcome, Found, Gfn, GfnRange, PageSize, Pfn, SlotId, SpaceId, WitnessKind, Zap,
 };
-use afterimage_stage2::{Entry, Execute, Format, LargeExecute, LargePages, Translation, Writable};
+use afterimage_stage2::{
+    Entry, Execute, Format, HeapMemory, LargeExecute, LargePages, Translation, Writable,
+};
 
 use crate::support::*;
 
@@ -27,10 +29,10 @@ pub(crate) fn huge_pages<F: Format>() {
     // Dirty logging: each first write faults, and is for its frame alone.
     mmu.set_dirty_logging(SpaceId(0), SlotId(0), true).expect("the slot exists");
     let logged = leaf_of(&mmu, 700).map(|leaf| (leaf.size, leaf.writable));
-    // Where an entry must be broken first, that is done at once; elsewhere the first write splits.
-    let kept = (!F::BREAK_BEFORE_MAKE).then_some((PageSize::Size2M, Writable::Protected));
-    assert_eq!(logged, kept);
-    assert_eq!(fault(&mut vcpu, &ram, 700, Access::WRITE), FaultOutcome::Fixed);
+    assert_eq!(logged, Some((PageSize::Size2M, Writable::Protected)));
+    let written = split_and_fault(&mut vcpu, &ram, 700, Access::WRITE);
+    // What was split first is there, and needs the permission alone.
+    assert_eq!(written, if F::BREAK_BEFORE_MAKE { FaultOutcome::FixedFast } else { FaultOutcome::Fixed });
     assert_eq!(translate(&mmu, 700, Access::WRITE), Translation::Frame(Pfn::new(188)));
     assert!(matches!(
         fault(&mut vcpu, &ram, 701, Access::READ),
@@ -142,10 +144,7 @@ pub(crate) fn never_executable<F: Format>() {
     assert_eq!(fault(&mut vcpu, &ram, 1100, Access::EXEC), FaultOutcome::Fixed);
     let single = leaf_of(&mmu, 1100).map(|leaf| (leaf.size, leaf.execute));
     assert_eq!(single, Some((PageSize::Size4K, Execute::Always)));
-    if F::BREAK_BEFORE_MAKE {
-        return;
-    }
-    assert_eq!(forbidden(&mut vcpu, &ram, 601, Access::EXEC), FaultOutcome::Fixed);
+    assert_eq!(split_and_fault(&mut vcpu, &ram, 601, Access::EXEC), FaultOutcome::Fixed);
     assert_eq!(translate(&mmu, 601, Access::EXEC), Translation::Frame(Pfn::new(89)));
     assert_eq!(translate(&mmu, 602, Access::EXEC), Translation::Fault(Found::Present));
     assert_eq!(translate(&mmu, 602, Access::READ), Translation::Frame(Pfn::new(90)));
@@ -213,4 +212,37 @@ pub(crate) fn tables_outlive_walks<F: Format>() {
         deleting.join().expect("it does not panic").expect("the slot exists");
     });
     assert_eq!(memory.pages(), pages - 2);
+}
+
+/// A fault that needs a page of its own in the middle of a larger one gets it, by either witness: the others stay as they
+/// are, marks included, and the table comes from what was at hand before.
+pub(crate) fn faults_split<F: Format>() {
+    for witness in [WitnessKind::Lock, WitnessKind::Intent] {
+        let host = Tests { block: PageSize::Size2M, mixed: GfnRange::new(Gfn::new(0), Gfn::new(0)) };
+        let large = LargePages { largest: PageSize::Size2M, execute: LargeExecute::Never };
+        // The roots, what is at hand when the second fault begins, and the tables that the first has linked by then.
+        let depth = usize::from(F::ROOT_LEVEL.number());
+        let memory = HeapMemory::with_limit(2 * F::ROOT_PAGES + (depth - 1) + (depth - 2));
+        let mmu = machine_in::<F>(memory, 512, host, large, witness);
+        let ram = Ram::in_blocks(512, 0, PageSize::Size2M);
+        let mut vcpu = mmu.vcpu();
+        assert_eq!(fault(&mut vcpu, &ram, 512, Access::WRITE), FaultOutcome::Fixed);
+        let before = seen(&mmu, 512);
+        let flushes = mmu.invalidation_stats().flushes;
+        let outcome = forbidden(&mut vcpu, &ram, 700, Access::EXEC);
+        assert_eq!(seen(&mmu, 512), before);
+        if F::BREAK_BEFORE_MAKE {
+            assert!(matches!(outcome, FaultOutcome::Retry(_)), "{outcome:?}");
+        } else {
+            assert_eq!(outcome, FaultOutcome::Fixed);
+            assert_eq!(translate(&mmu, 700, Access::EXEC), Translation::Frame(Pfn::new(188)));
+        }
+        for gfn in (512..1024).filter(|gfn| *gfn != 700) {
+            let part = leaf_of(&mmu, gfn).map(|leaf| (leaf.size, leaf.execute, leaf.writable));
+            assert_eq!(part, Some((PageSize::Size4K, Execute::Never, Writable::Dirty)), "{gfn}");
+        }
+        let needed = u64::from(F::BREAK_BEFORE_MAKE);
+        assert_eq!(mmu.invalidation_stats().flushes - flushes, needed);
+        assert_eq!(ram.held.load(core::sync::atomic::Ordering::Relaxed), 0, "every page went back");
+    }
 }

@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use afterimage_mmu::{
     Access, FRAME_BYTES, Fault, FaultInError, FaultOutcome, Found, Gfn, GfnRange, GuestMmu, Hva, HvaRange,
-    Memslot, PageRef, PageSize, PageUse, Patience, Pfn, Policy, PrimaryMmu, SlotId, Snapshot, SpaceId, Spin,
-    Vcpu, WitnessKind,
+    Memslot, PageRef, PageSize, PageUse, Patience, Pfn, Policy, PrimaryMmu, Retry, RetryPoint, SlotId,
+    Snapshot, SpaceId, Spin, Vcpu, WitnessKind,
 };
 use afterimage_stage2::{Entry, Format, HeapMemory, Host, LargePages, Leaf, Stage2, Tables, Translation};
 
@@ -146,10 +146,20 @@ pub(crate) fn machine_with<F: Format>(
     witness: WitnessKind,
 ) -> (Mmu<F>, HeapMemory) {
     let memory = HeapMemory::default();
-    let stage2 = Stage2::new(host, memory.clone(), 2, large).expect("the heap has room");
+    (machine_in(memory.clone(), frames, host, large, witness), memory)
+}
+
+pub(crate) fn machine_in<F: Format>(
+    memory: HeapMemory,
+    frames: u64,
+    host: Tests,
+    large: LargePages,
+    witness: WitnessKind,
+) -> Mmu<F> {
+    let stage2 = Stage2::new(host, memory, 2, large).expect("there is room for the roots");
     let mmu = GuestMmu::new(stage2, Policy { witness, ..Policy::default() });
     mmu.create_slot(Memslot::new(SlotId(0), Gfn::new(512), frames, BASE)).expect("there is no other slot");
-    (mmu, memory)
+    mmu
 }
 
 /// Looks at the tables of space 0 as `vcpu` may.
@@ -182,6 +192,26 @@ pub(crate) fn fault<F: Format>(
 ) -> FaultOutcome {
     vcpu.handle_fault(&Primary(Arc::clone(ram)), &Fault::new(Gfn::new(gfn), access))
         .expect("the page is there")
+}
+
+/// The same, retried once where a larger page had to be broken first.
+pub(crate) fn split_and_fault<F: Format>(
+    vcpu: &mut Vcpu<'_, Stage2<F, Tests>>,
+    ram: &Arc<Ram>,
+    gfn: u64,
+    access: Access,
+) -> FaultOutcome {
+    if F::BREAK_BEFORE_MAKE {
+        let split = forbidden(vcpu, ram, gfn, access);
+        let block = Gfn::new(gfn).block(PageSize::Size2M);
+        let is_alone = |outcome| {
+            matches!(outcome, FaultOutcome::Retry(Retry { point: RetryPoint::LostRace, range })
+            if block.covers(range))
+        };
+        assert!(is_alone(split), "{split:?}");
+        assert_eq!(leaf_of(vcpu.mmu(), gfn).map(|leaf| leaf.size), Some(PageSize::Size4K));
+    }
+    forbidden(vcpu, ram, gfn, access)
 }
 
 /// A fault of an access that a present translation forbids.
