@@ -80,6 +80,15 @@ impl Execute {
         )
     }
 
+    /// What both allow.
+    #[must_use]
+    pub const fn intersection(self, other: Self) -> Self {
+        Self::of(
+            self.allows_supervisor() && other.allows_supervisor(),
+            self.allows_user() && other.allows_user(),
+        )
+    }
+
     const fn of(supervisor: bool, user: bool) -> Self {
         match (supervisor, user) {
             (false, false) => Self::Never,

@@ -34,6 +34,8 @@ pub enum Mutation {
     MixedLarge,
     /// A logged slot's frames are mapped by large leaves.
     LoggedLarge,
+    /// A large page that is recovered may be fetched from, where none may.
+    RecoveredExecutable,
     /// A write protection is not flushed.
     ProtectWithoutFlush,
     /// A zapped leaf's dirty mark does not reach the log.

@@ -204,7 +204,9 @@ mod walks {
             }
             Op::Split { gfn } => drop(tables.split(Gfn::new(gfn), cache, |_| ())),
             Op::Collapse { gfn } => {
-                if let Some(removed) = tables.collapse(Gfn::new(gfn), PageSize::Size2M, |_| ()) {
+                if let Some(removed) =
+                    tables.collapse(Gfn::new(gfn), PageSize::Size2M, Execute::Always, |_| ())
+                {
                     let table = removed.table.expect("nothing is in the way of one thread alone");
                     // SAFETY: (1) it was unlinked just now; (2) and (3): nobody else translates by the tables.
                     unsafe { tables.free(table) };

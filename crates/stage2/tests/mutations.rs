@@ -64,6 +64,8 @@ rules! {
     private_and_shared_do_not_mix: MixedLarge of tables is noticed by large::mixed_blocks::<X86>;
     logged_frames_are_mapped_singly: LoggedLarge of tables is noticed by
         large::huge_pages::<X86>, large::huge_pages::<Arm>;
+    what_is_recovered_is_not_executable: RecoveredExecutable of tables is noticed by
+        large::recovered_never_executable::<X86>, large::recovered_never_executable::<Arm>;
     a_protection_is_flushed: ProtectWithoutFlush of tables is noticed by dirty::rounds_flush::<X86>;
     a_zap_keeps_marks: ZapLosesDirty of tables is noticed by dirty::written_and_gone::<X86>;
     the_fast_path_is_logged: FastFaultUnlogged of engine is noticed by dirty::rounds::<X86>;

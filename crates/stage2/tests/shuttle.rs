@@ -64,7 +64,7 @@ fn collapse_and_write() {
         let tables = Arc::clone(&tables);
         thread::spawn(move || tables.translate(GFN, Access::WRITE))
     };
-    let collapsed = tables.collapse(GFN, PageSize::Size2M, |_| ());
+    let collapsed = tables.collapse(GFN, PageSize::Size2M, Execute::Always, |_| ());
     let written = writer.join().expect("it does not panic");
     let leaf = leaf(&tables).expect("it was never taken away");
     assert_eq!(collapsed.is_some(), leaf.size == PageSize::Size2M);
@@ -128,7 +128,7 @@ fn split_twice_and_collapse<F: Format>() {
         })
         .collect();
     // Dead tables stay with the test: nobody says when they can be freed.
-    let collapsed = tables.collapse(GFN, PageSize::Size2M, |_| ());
+    let collapsed = tables.collapse(GFN, PageSize::Size2M, Execute::Always, |_| ());
     let done = splitters
         .into_iter()
         .map(|splitter| splitter.join().expect("it does not panic").expect("a table is at hand"))

@@ -2,16 +2,17 @@
 //!
 //! All of it holds `mmu_lock` for write; what is about more than one page gives way between two. A split takes tables from a cache that is topped up
 //! while the lock is given up, or before it is taken: nothing allocates under it. A recovery asks the host how large a page really is, which nobody can
-//! change while the lock is held and no invalidation of the block is active.
+//! change while the lock is held and no invalidation of the block is active. What it recovers is executable only where a fault would map it so.
 //!
 //! Source: Linux `kvm_tdp_mmu_try_split_huge_pages`, `kvm_tdp_mmu_recover_huge_pages`.
 
 use afterimage_mmu::{Gfn, GfnRange, Level, Memslot, PageSize, Turn, ZapWalk, Zapped};
 
-use super::{Host, Stage2};
-use crate::format::{Entry, Format};
+use super::{Host, LargeExecute, Stage2};
+use crate::format::{Entry, Execute, Format};
 use crate::leaves::Step;
 use crate::memory::TableCache;
+use crate::mutation::{self, Mutation};
 use crate::tables::{MapError, Split};
 
 /// Why a splitting walk stopped.
@@ -99,6 +100,14 @@ impl<F: Format, H: Host> Stage2<F, H> {
         Ok(())
     }
 
+    /// What a large leaf allows of fetching, at most.
+    fn most_executable(&self) -> Execute {
+        match self.large.execute {
+            LargeExecute::Never if !mutation::active(Mutation::RecoveredExecutable) => Execute::Never,
+            LargeExecute::Never | LargeExecute::Allowed => Execute::Always,
+        }
+    }
+
     pub(super) fn collapse_each(&self, slot: &Memslot, gfns: GfnRange, walk: &mut ZapWalk<'_, Self>) {
         for size in [PageSize::Size2M, PageSize::Size1G] {
             let mut left = gfns;
@@ -118,6 +127,7 @@ impl<F: Format, H: Host> Stage2<F, H> {
         let (walking, mut steps) = walk.parts();
         let Some(tables) = self.tables(slot.space, walking) else { return Turn::GoOn };
         let Some(below) = Level::new(size.level().number() - 1) else { return Turn::GoOn };
+        let most = self.most_executable();
         while steps.room() > 0
             && let Some(gfns) = tables.next_table(*left, below)
         {
@@ -128,7 +138,7 @@ impl<F: Format, H: Host> Stage2<F, H> {
             };
             if self.may_recover(slot, gfns.start, size, backing)
                 && !steps.is_covered(gfns)
-                && let Some(removed) = tables.collapse(gfns.start, size, |gfns| steps.flush_now(gfns))
+                && let Some(removed) = tables.collapse(gfns.start, size, most, |gfns| steps.flush_now(gfns))
                 && let Some(table) = removed.table
             {
                 self.retire(&mut steps, table, gfns);

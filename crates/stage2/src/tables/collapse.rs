@@ -4,7 +4,8 @@
 //! What does not fit is found by then, and the table is given back as it was, with no mark less.
 //!
 //! Where nothing must be broken first, the link becomes the leaf in one exchange, and for a while CPUs hold both, which
-//! say the same. The table is freed after a flush all the same (rule F3): paging-structure caches point to it.
+//! say the same, but that single frames may be fetched from where the large page may not. The table is freed after a flush
+//! all the same (rule F3): paging-structure caches point to it.
 //!
 //! Source: Linux `recover_huge_pages_range`; the freezing is our own, since here faults hold no lock that excludes it.
 
@@ -13,17 +14,23 @@ use afterimage_mmu::{Gfn, GfnRange, PageSize, Pfn};
 use super::freeze::publish;
 use super::split::smaller;
 use super::{Removed, Tables, entry_block};
-use crate::format::{Entry, Format, Leaf};
+use crate::format::{Entry, Execute, Format, Leaf};
 use crate::memory::TableMemory;
 use crate::mutation::{self, Mutation};
 use crate::sync::Ordering;
 
 impl<F: Format, M: TableMemory> Tables<F, M> {
     /// Puts one leaf of `size` in the place of the table around `gfn`, if its leaves are contiguous, and equal but for their
-    /// marks. The table is unlinked; no frame is taken away.
+    /// marks. It allows of fetching what they do, and `most` at most. The table is unlinked; no frame is taken away.
     ///
     /// `flush` as for [`split`](Self::split). The caller knows that a leaf of `size` may be mapped there.
-    pub fn collapse(&self, gfn: Gfn, size: PageSize, flush: impl FnOnce(GfnRange)) -> Option<Removed> {
+    pub fn collapse(
+        &self,
+        gfn: Gfn,
+        size: PageSize,
+        most: Execute,
+        flush: impl FnOnce(GfnRange),
+    ) -> Option<Removed> {
         let (place, table) =
             self.link_above(gfn, smaller(size).level()).filter(|_| size > PageSize::Size4K)?;
         let (table, child) = (table?, place.child?);
@@ -78,6 +85,7 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
             large.writable = first.writable;
         }
         let gfns = entry_block(gfn, place.level);
+        let large = Leaf { execute: large.execute.intersection(most), ..large };
         let raw = F::encode_leaf(large).expect("it could be encoded with fewer marks");
         let next = if F::BREAK_BEFORE_MAKE { F::FROZEN } else { raw };
         if place.entry.compare_exchange(place.raw, next, Ordering::AcqRel, Ordering::Acquire).is_err() {

@@ -150,6 +150,23 @@ pub(crate) fn never_executable<F: Format>() {
     assert_eq!(translate(&mmu, 602, Access::READ), Translation::Frame(Pfn::new(90)));
 }
 
+/// What was fetched from frame by frame, and is recovered, must be fetched from frame by frame again.
+pub(crate) fn recovered_never_executable<F: Format>() {
+    let host = Tests { block: PageSize::Size2M, mixed: GfnRange::new(Gfn::new(0), Gfn::new(0)) };
+    let large = LargePages { largest: PageSize::Size2M, execute: LargeExecute::Never };
+    let (mmu, _) = machine_with::<F>(512, host, large, WitnessKind::Lock);
+    let ram = Ram::in_blocks(512, 0, PageSize::Size2M);
+    let mut vcpu = mmu.vcpu();
+    for gfn in 512..1024 {
+        assert_eq!(fault(&mut vcpu, &ram, gfn, Access::EXEC), FaultOutcome::Fixed);
+    }
+    mmu.recover_large_pages(SpaceId(0), SlotId(0)).expect("the slot exists");
+    let large = leaf_of(&mmu, 600).map(|leaf| (leaf.size, leaf.execute));
+    assert_eq!(large, Some((PageSize::Size2M, Execute::Never)));
+    assert_eq!(translate(&mmu, 600, Access::EXEC), Translation::Fault(Found::Present));
+    assert_eq!(translate(&mmu, 600, Access::READ), Translation::Frame(Pfn::new(88)));
+}
+
 /// An invalidation of one frame holds back a large page over it, whichever of its frames is touched.
 pub(crate) fn neighbours_are_verified<F: Format>() {
     let (mmu, _) = machine::<F>(1024, PageSize::Size2M);
