@@ -8,7 +8,7 @@ mod host;
 use core::hint::black_box;
 use std::process::{Command, ExitCode};
 
-use afterimage_mmu::{Access, Fault, Gfn, GfnRange, Invalidations, MmuLock, Snapshot};
+use afterimage_mmu::{Access, Fault, Gfn, GfnRange, Invalidations, MmuLock, Snapshot, Stale};
 
 use host::{AllResident, Bare, FRAMES, machine};
 
@@ -38,16 +38,16 @@ impl Work {
     }
 }
 
-type Check = fn(&Invalidations, Snapshot, GfnRange) -> bool;
+type Check = fn(&Invalidations, Snapshot, GfnRange) -> Option<Stale>;
 
 /// What a fault asks before it looks for its page.
-fn hint(words: &Invalidations, since: Snapshot, range: GfnRange) -> bool {
-    words.hint(since, range).is_some()
+fn hint(words: &Invalidations, since: Snapshot, range: GfnRange) -> Option<Stale> {
+    words.hint(since, range)
 }
 
 /// The same without looking.
-fn nothing(_words: &Invalidations, _since: Snapshot, _range: GfnRange) -> bool {
-    false
+fn nothing(_words: &Invalidations, _since: Snapshot, _range: GfnRange) -> Option<Stale> {
+    None
 }
 
 /// Calls through a pointer that the compiler cannot see through, so that the loop is the same for both.

@@ -118,8 +118,11 @@ const NOTHING: u64 = (1 << ORDER_BITS) - 1;
 /// The smallest naturally aligned block of two to the power of `order` frames around `range`.
 #[inline]
 fn encode(range: GfnRange) -> u64 {
-    let (first, last) =
-        (range.start.as_u64(), range.end.as_u64().saturating_sub(1).max(range.start.as_u64()));
+    let first = range.start.as_u64();
+    if range.end.as_u64().wrapping_sub(first) == 1 && first >> GFN_BITS == 0 {
+        return first << GFN_SHIFT;
+    }
+    let last = range.end.as_u64().saturating_sub(1).max(first);
     let order = u64::from(u64::BITS - (first ^ last).leading_zeros());
     if last >> GFN_BITS != 0 {
         return EVERYTHING << ORDER_SHIFT;
@@ -144,11 +147,12 @@ pub(crate) struct IntentWord {
     word: AtomicU64,
     /// Odd: someone waits, or did.
     waiters: ParkWord,
+    barriers: Barriers,
 }
 
 impl IntentWord {
-    pub(crate) fn new() -> Self {
-        Self { word: AtomicU64::new(0), waiters: ParkWord::new(0) }
+    pub(crate) fn new(barriers: Barriers) -> Self {
+        Self { word: AtomicU64::new(0), waiters: ParkWord::new(0), barriers }
     }
 
     /// Claims a turn for `block`, unless one is claimed already. See the module `turns`: no barrier, since nothing rests on it.
@@ -174,24 +178,25 @@ impl IntentWord {
     }
 
     #[inline]
-    fn announce(&self, what: u64, barrier: Barrier) {
+    fn announce(&self, what: u64) {
         let quiet = self.word.load(Ordering::Relaxed);
         debug_assert_eq!(quiet & ACTIVE, 0, "a vCPU announces one thing at a time");
         // Release: who waits for the last announcement may find this one. What was done then comes before all the same.
         let ordering = mutation::unless(Mutation::AnnounceRelaxed, Ordering::Release);
-        self.word.store((quiet & GENERATION).wrapping_add(ONE_GENERATION) | what | ACTIVE, ordering);
+        // A quiet word is nothing but its generation.
+        self.word.store(quiet.wrapping_add(ONE_GENERATION | what | ACTIVE), ordering);
         if !mutation::active(Mutation::AnnounceWithoutFence) {
-            barrier.light();
+            self.barriers.announce.light();
         }
     }
 
     #[inline]
-    fn clear<P: Platform>(&self, barriers: Barriers) {
+    fn clear<P: Platform>(&self) {
         let ordering = mutation::unless(Mutation::ClearRelaxed, Ordering::Release);
         self.word.store(self.word.load(Ordering::Relaxed) & GENERATION, ordering);
         if P::PARKS {
             if !mutation::active(Mutation::ClearWithoutFence) {
-                barriers.park.light();
+                self.barriers.park.light();
             }
             if self.waiters.load(Ordering::Relaxed) & 1 != 0 {
                 self.wake::<P>();
@@ -207,7 +212,7 @@ impl IntentWord {
     }
 
     /// Waits until the word is no longer `seen`.
-    pub(crate) fn wait_out<P: Platform>(&self, seen: u64, barriers: Barriers) {
+    pub(crate) fn wait_out<P: Platform>(&self, seen: u64) {
         for _ in 0..P::SPINS {
             if self.word.load(Ordering::Acquire) != seen {
                 return;
@@ -216,7 +221,7 @@ impl IntentWord {
         }
         loop {
             let marked = self.waiters.fetch_or(1, Ordering::Relaxed) | 1;
-            barriers.park.heavy::<P>();
+            self.barriers.park.heavy::<P>();
             if self.word.load(Ordering::Acquire) != seen {
                 return;
             }
@@ -251,7 +256,6 @@ pub(crate) enum Waited {
 pub struct Intent<'v, P: Platform> {
     word: &'v IntentWord,
     invalidations: &'v Invalidations,
-    barriers: Barriers,
     platform: PhantomData<fn() -> P>,
 }
 
@@ -263,21 +267,17 @@ impl<P: Platform> fmt::Debug for Intent<'_, P> {
 
 impl<'v, P: Platform> Intent<'v, P> {
     #[inline]
-    pub(crate) fn announce(
-        word: &'v IntentWord,
-        invalidations: &'v Invalidations,
-        barriers: Barriers,
-        block: GfnRange,
-    ) -> Self {
-        word.announce(encode(block), barriers.announce);
-        Self { word, invalidations, barriers, platform: PhantomData }
+    pub(crate) fn announce(word: &'v IntentWord, invalidations: &'v Invalidations, block: GfnRange) -> Self {
+        word.announce(encode(block));
+        Self { word, invalidations, platform: PhantomData }
     }
 }
 
 impl<P: Platform> Drop for Intent<'_, P> {
-    #[inline]
+    // Always: a call on the way of a panic would keep the intent in memory on every other way, too.
+    #[inline(always)]
     fn drop(&mut self) {
-        self.word.clear::<P>(self.barriers);
+        self.word.clear::<P>();
     }
 }
 
@@ -296,12 +296,12 @@ impl<S: SecondaryMmu> GuestMmu<S> {
     /// A vCPU announces that it will install `block`.
     #[inline]
     pub(crate) fn announce<'a>(&'a self, vcpu: &'a VcpuShared, block: GfnRange) -> Intent<'a, S::Platform> {
-        Intent::announce(&vcpu.intent, self.invalidations(), self.vcpus.barriers(), block)
+        Intent::announce(&vcpu.intent, self.invalidations(), block)
     }
 
     /// The right of a vCPU to walk tables.
     pub(crate) fn walker<'a>(&'a self, vcpu: &'a VcpuShared) -> Walker<'a, S::Platform> {
-        Walker::new(&vcpu.intent, self.invalidations().machine(), self.vcpus.barriers())
+        Walker::new(&vcpu.intent, self.invalidations().machine())
     }
 }
 
@@ -310,19 +310,18 @@ impl<S: SecondaryMmu> GuestMmu<S> {
 pub struct Walker<'v, P: Platform> {
     word: &'v IntentWord,
     machine: MachineId,
-    barriers: Barriers,
     platform: PhantomData<fn() -> P>,
 }
 
 impl<'v, P: Platform> Walker<'v, P> {
-    pub(crate) fn new(word: &'v IntentWord, machine: MachineId, barriers: Barriers) -> Self {
-        Self { word, machine, barriers, platform: PhantomData }
+    pub(crate) fn new(word: &'v IntentWord, machine: MachineId) -> Self {
+        Self { word, machine, platform: PhantomData }
     }
 
     /// Starts a walk: until the section is dropped no table is freed that could be reached in it.
     #[inline]
     pub fn walk(&mut self) -> WalkSection<'_, P> {
-        self.word.announce(NOTHING << ORDER_SHIFT, self.barriers.announce);
+        self.word.announce(NOTHING << ORDER_SHIFT);
         WalkSection { walker: self }
     }
 }
@@ -345,7 +344,7 @@ impl<P: Platform> WalkSection<'_, P> {
 impl<P: Platform> Drop for WalkSection<'_, P> {
     #[inline]
     fn drop(&mut self) {
-        self.walker.word.clear::<P>(self.walker.barriers);
+        self.walker.word.clear::<P>();
     }
 }
 
@@ -413,11 +412,11 @@ mod tests {
     #[test]
     fn a_walk_names_no_frame_and_a_quiet_word_nothing() {
         assert!(!names(NOTHING << ORDER_SHIFT | ACTIVE, |_| true));
-        let word = IntentWord::new();
+        let word = IntentWord::new(Barriers::of::<crate::Spin>(Barrier::Symmetric));
         assert_eq!(word.named(|_| true), None);
-        word.announce(encode(frames(1, 2)), Barrier::Symmetric);
+        word.announce(encode(frames(1, 2)));
         assert!(word.named(|_| true).is_some());
-        word.clear::<crate::Spin>(Barriers::of::<crate::Spin>(Barrier::Symmetric));
+        word.clear::<crate::Spin>();
         assert_eq!(word.announced(), None);
     }
 }

@@ -43,6 +43,7 @@
 //! `mmu_invalidate_retry_gfn` and `mmu_invalidate_retry_gfn_unsafe`.
 
 use core::marker::PhantomData;
+use core::num::NonZeroU64;
 
 use crate::addr::GfnRange;
 use crate::intent::Walking;
@@ -78,14 +79,15 @@ pub enum SequenceScope {
 
 /// Tells virtual machines apart, so that what protects one's tables is not taken for another's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct MachineId(u64);
+pub struct MachineId(NonZeroU64);
 
 impl MachineId {
     /// One that no machine has had.
     fn next() -> Self {
         // Not the engine's own atomics: this is no part of any protocol, and loom would forget it between two schedules.
         static NEXT: core::sync::atomic::AtomicU64 = core::sync::atomic::AtomicU64::new(1);
-        Self(NEXT.fetch_add(1, core::sync::atomic::Ordering::Relaxed))
+        let next = NEXT.fetch_add(1, core::sync::atomic::Ordering::Relaxed);
+        Self(NonZeroU64::new(next).expect("nobody makes 2^64 machines"))
     }
 }
 
@@ -200,27 +202,37 @@ impl Invalidations {
     /// The word that every invalidation which touches a frame of `range` bumps at its end.
     #[inline]
     fn word_of(&self, range: GfnRange) -> usize {
+        if self.scope == SequenceScope::Global {
+            return ALL;
+        }
         // An empty range has no last frame, and nothing can be installed for it: any word will do.
         let (first, last) = (range.start.as_u64(), range.end.as_u64().saturating_sub(1));
         let (first, last) = (first >> REGION_SHIFT, last >> REGION_SHIFT);
-        match self.scope {
-            SequenceScope::Region if first == last => 1 + first as usize % REGIONS,
-            SequenceScope::Region | SequenceScope::Global => ALL,
-        }
+        if first == last { 1 + first as usize % REGIONS } else { ALL }
     }
 
     /// The lock-free check: whether the fault looks doomed. `None` promises nothing.
     #[inline]
     pub fn hint(&self, since: Snapshot, range: GfnRange) -> Option<Stale> {
-        if self.in_progress.load(Ordering::Relaxed) != 0
-            && self.ranges.overlap(range, Ordering::Relaxed) == Overlap::Yes
-        {
+        if self.in_progress.load(Ordering::Relaxed) != 0 {
+            return self.hint_while_active(since, range);
+        }
+        self.moved(since).then_some(Stale::SequenceMoved)
+    }
+
+    /// Out of line: few faults are under way while an invalidation is active.
+    #[cold]
+    fn hint_while_active(&self, since: Snapshot, range: GfnRange) -> Option<Stale> {
+        if self.ranges.overlap(range, Ordering::Relaxed) == Overlap::Yes {
             return Some(Stale::Covered);
         }
-        if self.ended[since.word].load(Ordering::Relaxed) != since.sequence {
-            return Some(Stale::SequenceMoved);
-        }
-        None
+        self.moved(since).then_some(Stale::SequenceMoved)
+    }
+
+    /// Whether an end that counts came since.
+    #[inline]
+    fn moved(&self, since: Snapshot) -> bool {
+        self.ended[since.word].load(Ordering::Relaxed) != since.sequence
     }
 
     /// The check that counts.
@@ -241,22 +253,27 @@ impl Invalidations {
         }
         // Acquire, all three and in this order: see the module documentation.
         let ordering = mutation::unless(Mutation::VerifyRelaxed, Ordering::Acquire);
-        if self.in_progress.load(ordering) != 0 && !mutation::active(Mutation::VerifyIgnoresRange) {
-            let overlap = self.ranges.overlap(range, ordering);
-            // Between begin and the first range. With the lock held that is seen only if it was given up there.
-            let torn = overlap == Overlap::Torn;
-            debug_assert!(!(torn && W::HOLDS_LOCK), "mmu_lock was given up between begin and add_range");
-            if overlap != Overlap::No {
-                return Err(Stale::Covered);
-            }
+        let active = self.in_progress.load(ordering) != 0 && !mutation::active(Mutation::VerifyIgnoresRange);
+        if active && self.may_cover::<W>(range, ordering) {
+            return Err(Stale::Covered);
         }
         // A snapshot for other frames says nothing about these.
         let foreign = since.word != ALL && since.word != self.word_of(range);
-        let moved = self.ended[since.word].load(Ordering::Relaxed) != since.sequence;
+        let moved = self.moved(since);
         if (foreign || moved) && !mutation::active(Mutation::VerifyIgnoresSequence) {
             return Err(Stale::SequenceMoved);
         }
         Ok(fresh)
+    }
+
+    /// Whether the invalidation that was found active covers a frame of `range`, for all that can be told. Out of line, as above.
+    #[cold]
+    fn may_cover<W: Witness>(&self, range: GfnRange, ordering: Ordering) -> bool {
+        let overlap = self.ranges.overlap(range, ordering);
+        // Between begin and the first range. With the lock held that is seen only if it was given up there.
+        let torn = overlap == Overlap::Torn;
+        debug_assert!(!(torn && W::HOLDS_LOCK), "mmu_lock was given up between begin and add_range");
+        overlap != Overlap::No
     }
 
     /// Whether an active invalidation covers a frame of `range`, as far as can be told without the lock.

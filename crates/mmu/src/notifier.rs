@@ -108,7 +108,7 @@ impl<S: SecondaryMmu> GuestMmu<S> {
         let young = match self.vcpus.visit() {
             Some(visit) => {
                 let machine = self.invalidations().machine();
-                let mut walker = Walker::<S::Platform>::new(visit.word(), machine, self.vcpus.barriers());
+                let mut walker = Walker::<S::Platform>::new(visit.word(), machine);
                 let section = walker.walk();
                 self.age_with(hvas, age, section.walking())
             }

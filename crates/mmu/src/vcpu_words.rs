@@ -66,12 +66,12 @@ struct Handshake {
 }
 
 impl VcpuShared {
-    pub(crate) fn new(id: usize) -> Self {
+    pub(crate) fn new(id: usize, barriers: Barriers) -> Self {
         Self {
             id,
             reader: CachePadded(ReaderWord::new()),
-            intent: CachePadded(IntentWord::new()),
-            claim: CachePadded(IntentWord::new()),
+            intent: CachePadded(IntentWord::new(barriers)),
+            claim: CachePadded(IntentWord::new(barriers)),
             counters: CachePadded(FaultCounters::new()),
             handshake: CachePadded(Handshake { mode: AtomicU32::new(OUTSIDE), requests: AtomicU32::new(0) }),
         }
@@ -193,11 +193,12 @@ impl<P: Platform> fmt::Debug for VcpuWords<P> {
 
 impl<P: Platform> VcpuWords<P> {
     pub(crate) fn new(barrier: Barrier) -> Self {
-        let visitor = |_| Visitor { taken: AtomicU32::new(0), intent: IntentWord::new() };
+        let barriers = Barriers::of::<P>(barrier);
+        let visitor = |_| Visitor { taken: AtomicU32::new(0), intent: IntentWord::new(barriers) };
         Self {
             words: Shared::new(Vec::new()),
             visitors: core::array::from_fn(|index| CachePadded(visitor(index))),
-            barriers: Barriers::of::<P>(barrier),
+            barriers,
             flushes: CachePadded(crate::sync::AtomicU64::new(0)),
         }
     }
@@ -228,7 +229,7 @@ impl<P: Platform> VcpuWords<P> {
                 |vcpu| vcpu.intent.named(&covers),
                 |vcpu, seen| {
                     waited = Waited::Yes;
-                    vcpu.intent.wait_out::<P>(seen, self.barriers);
+                    vcpu.intent.wait_out::<P>(seen);
                 },
             );
         }
@@ -279,13 +280,10 @@ impl<P: Platform> VcpuWords<P> {
             return;
         }
         self.barriers.announce.heavy::<P>();
-        self.for_each_announced(
-            |vcpu| vcpu.intent.announced(),
-            |vcpu, seen| vcpu.intent.wait_out::<P>(seen, self.barriers),
-        );
+        self.for_each_announced(|vcpu| vcpu.intent.announced(), |vcpu, seen| vcpu.intent.wait_out::<P>(seen));
         for visitor in &self.visitors {
             if let Some(seen) = visitor.intent.announced() {
-                visitor.intent.wait_out::<P>(seen, self.barriers);
+                visitor.intent.wait_out::<P>(seen);
             }
         }
     }
@@ -294,7 +292,7 @@ impl<P: Platform> VcpuWords<P> {
         let mut words = self.words.write();
         let taken = |id: &usize| words.iter().any(|vcpu| vcpu.id == *id);
         let id = (0..).find(|id| !taken(id)).expect("there are more numbers than vCPUs");
-        let vcpu = Arc::new(VcpuShared::new(id));
+        let vcpu = Arc::new(VcpuShared::new(id, self.barriers));
         words.push(Arc::clone(&vcpu));
         vcpu
     }

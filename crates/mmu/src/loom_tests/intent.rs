@@ -50,7 +50,7 @@ impl<P: Platform> Block<P> {
         let invalidations = self.lock.invalidations();
         let since = invalidations.snapshot_of(block);
         let page = self.page.load(Ordering::Relaxed);
-        let intent = Intent::<P>::announce(&vcpu.intent, invalidations, self.words.barriers(), block);
+        let intent = Intent::<P>::announce(&vcpu.intent, invalidations, block);
         if invalidations.verify(&intent, since, block).is_ok() {
             self.entry.store(page, Ordering::Relaxed);
         }
@@ -228,7 +228,7 @@ fn walks_against_a_free<P: Platform>(walks: usize) {
     let (vcpu, other) = (links.words.register(), Arc::clone(&links));
     let walking = thread::spawn(move || {
         let machine = MmuLock::<Loom>::new().invalidations().machine();
-        let mut walker = Walker::new(&vcpu.intent, machine, other.words.barriers());
+        let mut walker = Walker::new(&vcpu.intent, machine);
         for _ in 0..walks {
             other.walk(&mut walker);
         }
@@ -253,7 +253,7 @@ fn a_visit_against_a_free() {
     let walking = thread::spawn(move || {
         let machine = MmuLock::<Loom>::new().invalidations().machine();
         let visit = other.words.visit().expect("nobody else visits");
-        other.walk(&mut Walker::new(visit.word(), machine, other.words.barriers()));
+        other.walk(&mut Walker::new(visit.word(), machine));
     });
     links.unlink_and_free();
     walking.join().expect("the walk does not panic");
