@@ -141,6 +141,23 @@ impl<F: Format, H: Host> Stage2<F, H> {
     pub fn host(&self) -> &H {
         &self.host
     }
+
+    /// The leaf of `size` that answers `fault` with `page`.
+    #[inline]
+    fn leaf(&self, slot: &Memslot, fault: &Fault, page: &H::Page, size: PageSize) -> Leaf {
+        let execute = match self.large.execute {
+            LargeExecute::Never if size > PageSize::Size4K => Execute::Never,
+            LargeExecute::Never | LargeExecute::Allowed => Execute::Always,
+        };
+        Leaf {
+            pfn: Pfn::new(page.pfn().as_u64() & !(size.frames() - 1)),
+            size,
+            writable: writable(slot, fault, page),
+            execute,
+            memory: MemoryType::WriteBack,
+            accessed: fault.kind == FaultKind::Demand,
+        }
+    }
 }
 
 /// What the fault asks of a leaf, and the page allows.
@@ -224,19 +241,7 @@ impl<F: Format, H: Host> SecondaryMmu for Stage2<F, H> {
     ) -> Result<Mapped, MapError> {
         let tables = self.tables(slot.space, fresh.walking()).ok_or(MapError::NoSuchSpace(slot.space.0))?;
         let size = self.size(slot, fault, page, &fresh);
-        let execute = match self.large.execute {
-            LargeExecute::Never if size > PageSize::Size4K => Execute::Never,
-            LargeExecute::Never | LargeExecute::Allowed => Execute::Always,
-        };
-        let leaf = Leaf {
-            pfn: Pfn::new(page.pfn().as_u64() & !(size.frames() - 1)),
-            size,
-            writable: writable(slot, fault, page),
-            execute,
-            memory: MemoryType::WriteBack,
-            accessed: fault.kind == FaultKind::Demand,
-        };
-        tables.map(fault.gfn, leaf, cache)
+        tables.map(fault.gfn, self.leaf(slot, fault, page, size), cache)
     }
 
     fn poison(&self, _fresh: Fresh<'_>, slot: &Memslot) -> Result<Mapped, MapError> {

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use afterimage_mmu::{Access, Blocking, Fault, Gfn, Zap};
 
+use crate::compare::{Measured, compare, per};
 use crate::machine::{AllResident, FRAMES, Machine, WITNESSES, hvas, machine};
-use crate::{Measured, compare, per};
 
 const INVALIDATIONS: u64 = 500;
 /// Frames that busy vCPUs install and lose again, far from the invalidations.

@@ -9,8 +9,8 @@ use std::time::Instant;
 use afterimage_mmu::{Access, Blocking, Fault, FaultOutcome, Gfn, SlotId, SpaceId, Zap};
 use rustix::mm::{MapFlags, ProtFlags};
 
+use crate::compare::{Measured, compare, median, per};
 use crate::machine::{AllResident, FRAME_BYTES, FRAMES, Machine, OneVcpu, WITNESSES, hvas, machine};
-use crate::{Measured, compare, median, per};
 
 /// 1 GiB.
 const ZAPPED: u64 = 1 << 18;

@@ -1,24 +1,28 @@
-//! What an install costs: ours, which any number of threads may do at once, beside other crates' mappers, which have
-//! one writer, or a mutex. The same format (NPT, which is x86's), the same heap, 4 KiB pages over 4 GiB, tables
-//! allocated as they are needed. Ours bare, as theirs are, and with all that a fault does around an install.
+//! What an install costs, as ratios taken in one run: ours, which any number of threads may do at once, beside other
+//! crates' mappers, which have one writer, or a mutex. The same format (NPT, which is x86's), the same memory, 4 KiB pages
+//! over 4 GiB, tables linked as they are needed. Ours bare, as theirs are, and with all that a fault does around an
+//! install. `cargo bench -p afterimage-stage2 --bench map`, or with `sequential`, `random` or `instructions` behind it.
 
+#[path = "../compare/mod.rs"]
+mod compare;
+mod instructions;
 mod peers;
+mod pool;
 mod whole;
 
-use std::hint::black_box;
-
+use std::ops::Range;
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use afterimage_mmu::{Barrier, Gfn, Mapped, PageSize, Pfn};
-use afterimage_stage2::{
-    Execute, HeapMemory, Leaf, MapError, MemoryType, Npt4, TableCache, Tables, Writable,
-};
-use criterion::measurement::WallTime;
-use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main};
+use afterimage_stage2::{Execute, Leaf, MapError, MemoryType, Npt4, TableCache, Tables, Writable};
 
+use compare::{Measured, compare, per};
 use peers::{LockedX86, Multiarch, X86};
+use pool::Pool;
 use whole::{Locked, Whole};
 
+const ROUNDS: usize = 15;
 const FRAMES: u64 = 1 << 20;
 
 #[derive(Clone, Copy)]
@@ -39,29 +43,34 @@ impl Order {
     }
 }
 
-/// The time of `map` for each frame, each to the frame behind it.
-#[inline]
-fn timed(order: Order, mut map: impl FnMut(u64, u64)) -> Duration {
-    let started = Instant::now();
-    for turn in 0..FRAMES {
-        let frame = order.frame(turn);
-        map(frame, frame + 1);
-    }
-    started.elapsed()
+/// One who maps frame by frame.
+trait Map {
+    /// Maps `gfn`, which is not mapped, to `pfn`.
+    fn map(&mut self, gfn: u64, pfn: u64);
 }
 
-/// The same by two threads, each with a half of the frames and a `map` of its own.
-fn timed_by_two<M: FnMut(u64, u64)>(order: Order, mapper: impl Fn() -> M + Sync) -> Duration {
+/// The time to map the frames of some turns, each to the frame behind it.
+fn timed(order: Order, turns: Range<u64>, map: &mut impl Map) -> (Instant, Instant) {
+    let started = Instant::now();
+    for turn in turns {
+        let frame = order.frame(turn);
+        map.map(frame, frame + 1);
+    }
+    (started, Instant::now())
+}
+
+fn by_one(order: Order, map: &mut impl Map) -> Duration {
+    let (started, ended) = timed(order, 0..FRAMES, map);
+    ended - started
+}
+
+/// The same by two threads, each with a half of the frames and a mapper of its own.
+fn by_two<M: Map>(order: Order, mapper: impl Fn() -> M + Sync) -> Duration {
     let start = std::sync::Barrier::new(2);
     let run = |half: u64| {
         let mut map = mapper();
         start.wait();
-        let started = Instant::now();
-        for turn in half * FRAMES / 2..(half + 1) * FRAMES / 2 {
-            let frame = order.frame(turn);
-            map(frame, frame + 1);
-        }
-        (started, Instant::now())
+        timed(order, half * FRAMES / 2..(half + 1) * FRAMES / 2, &mut map)
     };
     std::thread::scope(|scope| {
         let other = scope.spawn(|| run(1));
@@ -71,35 +80,50 @@ fn timed_by_two<M: FnMut(u64, u64)>(order: Order, mapper: impl Fn() -> M + Sync)
     })
 }
 
-/// One vCPU's way to map.
-fn ours(tables: &Tables<Npt4, HeapMemory>) -> impl FnMut(u64, u64) {
-    let mut cache = TableCache::default();
-    move |gfn, pfn| {
-        let gfn = black_box(Gfn::new(gfn));
-        until_fixed(|| {
-            assert!(tables.top_up(&mut cache));
-            tables.map(gfn, leaf(pfn), &mut cache)
-        });
+/// Our tables, with nothing around them.
+struct Ours<'t> {
+    tables: &'t Tables<Npt4, Pool>,
+    cache: TableCache<Pool>,
+}
+
+impl<'t> Ours<'t> {
+    fn new(tables: &'t Tables<Npt4, Pool>) -> Self {
+        Self { tables, cache: TableCache::default() }
     }
 }
 
-/// Two threads that link the same table race for it, and the one that lost faults again.
-#[inline]
-fn until_fixed(mut install: impl FnMut() -> Result<Mapped, MapError>) {
-    loop {
-        match install() {
-            Ok(Mapped::Fixed) => return,
-            Ok(Mapped::LostRace) => {}
-            other => panic!("each page is mapped once: {other:?}"),
+impl Install for Ours<'_> {
+    #[inline(never)]
+    fn install(&mut self, gfn: Gfn, pfn: Pfn) -> Result<Mapped, MapError> {
+        assert!(self.tables.top_up(&mut self.cache));
+        self.tables.map(gfn, leaf(pfn), &mut self.cache)
+    }
+}
+
+/// One try to map a frame with our tables.
+trait Install {
+    fn install(&mut self, gfn: Gfn, pfn: Pfn) -> Result<Mapped, MapError>;
+}
+
+impl<I: Install> Map for I {
+    #[inline]
+    fn map(&mut self, gfn: u64, pfn: u64) {
+        loop {
+            match self.install(Gfn::new(gfn), Pfn::new(pfn)) {
+                Ok(Mapped::Fixed) => return,
+                // Two threads that link the same table race for it, and the one that lost faults again.
+                Ok(Mapped::LostRace) => {}
+                other => panic!("each page is mapped once: {other:?}"),
+            }
         }
     }
 }
 
 /// A page that may be written, and was.
 #[inline]
-fn leaf(pfn: u64) -> Leaf {
+fn leaf(pfn: Pfn) -> Leaf {
     Leaf {
-        pfn: Pfn::new(pfn),
+        pfn,
         size: PageSize::Size4K,
         writable: Writable::Dirty,
         execute: Execute::Always,
@@ -108,55 +132,56 @@ fn leaf(pfn: u64) -> Leaf {
     }
 }
 
-fn tables() -> Tables<Npt4, HeapMemory> {
-    Tables::new(HeapMemory::default()).expect("the heap has room")
+fn tables() -> Tables<Npt4, Pool> {
+    Tables::new(Pool::new()).expect("the pool was just made")
 }
 
-fn bench(group: &mut BenchmarkGroup<'_, WallTime>, name: &str, run: impl Fn() -> Duration) {
-    group.bench_function(name, |b| b.iter_custom(|iterations| (0..iterations).map(|_| run()).sum()));
+fn measured<'a>(name: &'a str, round: impl Fn() -> Duration + 'a) -> Measured<'a> {
+    (name, Box::new(move || per(round(), FRAMES)))
 }
 
-fn map(c: &mut Criterion) {
-    for (name, order) in [("map, sequential", Order::Sequential), ("map, random", Order::Random)] {
-        let mut group = c.benchmark_group(name);
-        group.throughput(Throughput::Elements(FRAMES)).sample_size(10);
-        bench(&mut group, "x86_64, one writer", || {
-            let mut theirs = X86::new();
-            timed(order, |gfn, pfn| theirs.map(gfn, pfn))
-        });
-        bench(&mut group, "page_table_multiarch, one writer", || {
-            let mut theirs = Multiarch::new();
-            timed(order, |gfn, pfn| theirs.map(gfn, pfn))
-        });
-        bench(&mut group, "x86_64, mutex", || {
-            let theirs = LockedX86::new();
-            timed(order, |gfn, pfn| theirs.map(gfn, pfn))
-        });
-        bench(&mut group, "ours, bare", || timed(order, ours(&tables())));
-        bench(&mut group, "ours, intent, heavy barrier", || {
-            timed(order, Whole::new(Barrier::Heavy).mapper())
-        });
-        bench(&mut group, "ours, intent, fences", || timed(order, Whole::new(Barrier::Symmetric).mapper()));
-        bench(&mut group, "ours, lock", || timed(order, Locked::new().mapper()));
-        bench(&mut group, "x86_64, mutex, two threads", || {
-            let theirs = LockedX86::new();
-            timed_by_two(order, || |gfn, pfn| theirs.map(gfn, pfn))
-        });
-        bench(&mut group, "ours, bare, two threads", || {
-            let tables = tables();
-            timed_by_two(order, || ours(&tables))
-        });
-        bench(&mut group, "ours, intent, heavy barrier, two threads", || {
+fn all(title: &str, order: Order) {
+    let whole = |barrier| by_one(order, &mut Whole::new(barrier).mapper());
+    let one = vec![
+        measured("x86_64, one writer", || by_one(order, &mut X86::new())),
+        measured("page_table_multiarch, one writer", || by_one(order, &mut Multiarch::new())),
+        measured("x86_64, mutex", || by_one(order, &mut LockedX86::new().mapper())),
+        measured("ours, bare", || by_one(order, &mut Ours::new(&tables()))),
+        measured("ours, intent, heavy barrier", || whole(Barrier::Heavy)),
+        measured("ours, intent, fences", || whole(Barrier::Symmetric)),
+        measured("ours, lock", || by_one(order, &mut Locked::new().mapper())),
+    ];
+    compare(&format!("{title}, one thread"), "an install", ROUNDS, one);
+    let two = vec![
+        measured("ours, intent, heavy barrier, one thread", || whole(Barrier::Heavy)),
+        measured("ours, intent, heavy barrier", || {
             let whole = Whole::new(Barrier::Heavy);
-            timed_by_two(order, || whole.mapper())
-        });
-        bench(&mut group, "ours, lock, two threads", || {
+            by_two(order, || whole.mapper())
+        }),
+        measured("x86_64, mutex", || {
+            let theirs = LockedX86::new();
+            by_two(order, || theirs.mapper())
+        }),
+        measured("ours, bare", || {
+            let tables = tables();
+            by_two(order, || Ours::new(&tables))
+        }),
+        measured("ours, lock", || {
             let locked = Locked::new();
-            timed_by_two(order, || locked.mapper())
-        });
-        group.finish();
-    }
+            by_two(order, || locked.mapper())
+        }),
+    ];
+    compare(&format!("{title}, two threads"), "an install", ROUNDS, two);
 }
 
-criterion_group!(benches, map);
-criterion_main!(benches);
+fn main() -> ExitCode {
+    if let Some(ended) = instructions::child() {
+        return ended;
+    }
+    compare::run(&[
+        ("instructions", instructions::count_all),
+        ("sequential", || all("4 GiB in sequence", Order::Sequential)),
+        ("random", || all("4 GiB in random order", Order::Random)),
+    ]);
+    ExitCode::SUCCESS
+}

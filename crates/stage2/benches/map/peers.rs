@@ -1,14 +1,12 @@
-//! The mappers of other crates, in the format they share with NPT, their tables from the same heap as ours.
+//! The mappers of other crates, in the format they share with NPT, their tables from the same memory as ours.
 
 // UNSAFETY: the other crates' mappers ask for promises: that their tables are reachable, and that nothing else uses them.
 #![expect(unsafe_code)]
 
-use std::hint::black_box;
 use std::sync::Mutex;
-use std::sync::OnceLock;
 
 use afterimage_mmu::Pfn;
-use afterimage_stage2::{HeapMemory, TableMemory};
+use afterimage_stage2::TableMemory;
 use memory_addr::{PhysAddr as TheirPhysAddr, VirtAddr as TheirVirtAddr};
 use page_table_multiarch::x86_64::X64PageTable;
 use page_table_multiarch::{MappingFlags, PageSize, PagingHandler};
@@ -18,31 +16,22 @@ use x86_64::structures::paging::{
 };
 use x86_64::{PhysAddr, VirtAddr};
 
-/// Table pages for the `x86_64` crate: from the heap, freed when the mapper is gone.
-struct Frames {
-    memory: HeapMemory,
-    taken: Vec<Pfn>,
-}
+use crate::Map;
+use crate::pool::Pool;
+
+/// Table pages for the `x86_64` crate.
+struct Frames(Pool);
 
 // SAFETY: each frame is new and belongs to the caller.
 unsafe impl FrameAllocator<Size4KiB> for Frames {
+    #[inline]
     fn allocate_frame(&mut self) -> Option<PhysFrame> {
-        let table = self.memory.allocate(1)?;
-        self.taken.push(table);
+        let table = self.0.allocate(1)?;
         Some(PhysFrame::containing_address(PhysAddr::new(table.as_u64() << 12)))
     }
 }
 
-impl Drop for Frames {
-    fn drop(&mut self) {
-        for table in &self.taken {
-            // SAFETY: it was allocated as one page; the mapper is dropped before this, as the field before it.
-            unsafe { self.memory.free(*table, 1) };
-        }
-    }
-}
-
-struct Identity(HeapMemory);
+struct Identity(Pool);
 
 // SAFETY: only frames of this memory are linked, and these are where it says.
 unsafe impl PageTableFrameMapping for Identity {
@@ -60,9 +49,9 @@ pub(crate) struct X86 {
 
 impl X86 {
     pub(crate) fn new() -> Self {
-        let memory = HeapMemory::default();
-        let mut frames = Frames { memory: memory.clone(), taken: Vec::with_capacity(4096) };
-        let root = frames.allocate_frame().expect("the heap has room");
+        let memory = Pool::new();
+        let mut frames = Frames(memory.clone());
+        let root = frames.allocate_frame().expect("it was just made");
         let mapping = Identity(memory);
         // SAFETY: the page is new, zero and the mapper's alone until it is freed with the others.
         let root = unsafe { &mut *mapping.frame_to_pointer(root) };
@@ -70,16 +59,18 @@ impl X86 {
         let mapper = unsafe { MappedPageTable::new(root, mapping) };
         Self { mapper, frames }
     }
+}
 
-    #[inline]
-    pub(crate) fn map(&mut self, gfn: u64, pfn: u64) {
+impl Map for X86 {
+    #[inline(never)]
+    fn map(&mut self, gfn: u64, pfn: u64) {
         let flags = PageTableFlags::PRESENT
             | PageTableFlags::WRITABLE
             | PageTableFlags::USER_ACCESSIBLE
             | PageTableFlags::ACCESSED
             | PageTableFlags::DIRTY;
         let parents = flags - PageTableFlags::DIRTY;
-        let page = Page::<Size4KiB>::containing_address(black_box(VirtAddr::new(gfn << 12)));
+        let page = Page::<Size4KiB>::containing_address(VirtAddr::new(gfn << 12));
         let frame = PhysFrame::containing_address(PhysAddr::new(pfn << 12));
         // SAFETY: nothing translates by these tables.
         let mapped =
@@ -96,56 +87,58 @@ impl LockedX86 {
         Self(Mutex::new(X86::new()))
     }
 
+    pub(crate) fn mapper(&self) -> impl Map {
+        LockedMapper(&self.0)
+    }
+}
+
+struct LockedMapper<'m>(&'m Mutex<X86>);
+
+impl Map for LockedMapper<'_> {
     #[inline]
-    pub(crate) fn map(&self, gfn: u64, pfn: u64) {
+    fn map(&mut self, gfn: u64, pfn: u64) {
         self.0.lock().expect("no thread panics while it maps").map(gfn, pfn);
     }
 }
 
 /// Table pages for `page_table_multiarch`, whose seam has no state.
-struct Heap;
+struct Seam;
 
-impl Heap {
-    fn memory() -> &'static HeapMemory {
-        static MEMORY: OnceLock<HeapMemory> = OnceLock::new();
-        MEMORY.get_or_init(HeapMemory::default)
-    }
-}
-
-fn frame_of(address: TheirPhysAddr) -> Pfn {
-    Pfn::new(address.as_usize() as u64 >> 12)
-}
-
-impl PagingHandler for Heap {
+impl PagingHandler for Seam {
+    #[inline]
     fn alloc_frames(count: usize, _align: usize) -> Option<TheirPhysAddr> {
-        let table = Self::memory().allocate(count)?;
+        let table = Pool::again().allocate(count)?;
         Some(TheirPhysAddr::from((table.as_u64() << 12) as usize))
     }
 
-    fn dealloc_frames(address: TheirPhysAddr, count: usize) {
-        // SAFETY: the mapper frees what it allocated, once, when it goes.
-        unsafe { Self::memory().free(frame_of(address), count) };
-    }
+    fn dealloc_frames(_address: TheirPhysAddr, _count: usize) {}
 
+    #[inline]
     fn phys_to_virt(address: TheirPhysAddr) -> TheirVirtAddr {
-        TheirVirtAddr::from(Self::memory().entries(frame_of(address)).expose_provenance())
+        TheirVirtAddr::from(Pool::at(Pfn::new(address.as_usize() as u64 >> 12)).expose_provenance())
     }
 }
 
 /// The mapper of `page_table_multiarch`: one writer.
-pub(crate) struct Multiarch(X64PageTable<Heap>);
+pub(crate) struct Multiarch {
+    table: X64PageTable<Seam>,
+    _pool: Pool,
+}
 
 impl Multiarch {
     pub(crate) fn new() -> Self {
-        Self(X64PageTable::try_new().expect("the heap has room"))
+        let pool = Pool::new();
+        Self { table: X64PageTable::try_new().expect("the pool was just made"), _pool: pool }
     }
+}
 
-    #[inline]
-    pub(crate) fn map(&mut self, gfn: u64, pfn: u64) {
+impl Map for Multiarch {
+    #[inline(never)]
+    fn map(&mut self, gfn: u64, pfn: u64) {
         let flags = MappingFlags::READ | MappingFlags::WRITE | MappingFlags::EXECUTE | MappingFlags::USER;
-        let page = black_box(TheirVirtAddr::from((gfn << 12) as usize));
+        let page = TheirVirtAddr::from((gfn << 12) as usize);
         let frame = TheirPhysAddr::from((pfn << 12) as usize);
-        let mapped = self.0.cursor().map(page, frame, PageSize::Size4K, flags);
+        let mapped = self.table.cursor().map(page, frame, PageSize::Size4K, flags);
         mapped.expect("each page is mapped once");
     }
 }

@@ -1,15 +1,15 @@
 //! An install with everything around it: snapshot, hint, witness, verdict, and the walker's protection.
 
-use std::hint::black_box;
-
 use afterimage_mmu::{
-    Access, Barrier, FRAME_BYTES, Fault, FaultKind, Found, Gfn, GfnRange, GuestMmu, Hva, Memslot, MmuLock,
-    PageRef, PageSize, PageUse, Pfn, Policy, Privacy, SecondaryMmu, SlotId, SpaceId, WitnessKind,
+    Access, Barrier, FRAME_BYTES, Fault, FaultKind, Found, Gfn, GfnRange, GuestMmu, Hva, Mapped, Memslot,
+    MmuLock, PageRef, PageSize, PageUse, Pfn, Policy, Privacy, SecondaryMmu, SlotId, SpaceId, Vcpu,
+    WitnessKind,
 };
-use afterimage_stage2::{HeapMemory, Host, Npt4, Stage2, TableCache, Tables};
+use afterimage_stage2::{Host, MapError, Npt4, Stage2, TableCache, Tables};
 use afterimage_uffd::Linux;
 
-use crate::{FRAMES, leaf, until_fixed};
+use crate::pool::Pool;
+use crate::{FRAMES, Install, Map, leaf};
 
 /// A page without a count.
 #[derive(Clone, Copy, Debug)]
@@ -31,21 +31,20 @@ impl PageRef for Number {
 pub(crate) struct Bench;
 
 impl Host for Bench {
-    type Memory = HeapMemory;
+    type Memory = Pool;
     type Platform = Linux;
     type Page = Number;
 }
 
 /// A machine with intents.
 pub(crate) struct Whole {
-    mmu: GuestMmu<Stage2<Npt4, Bench>>,
+    mmu: GuestMmu<Machine>,
     slot: Memslot,
 }
 
 impl Whole {
     pub(crate) fn new(barrier: Barrier) -> Self {
-        let stage2 =
-            Stage2::new(Bench, HeapMemory::default(), 1, PageSize::Size4K).expect("the heap has room");
+        let stage2 = Stage2::new(Bench, Pool::new(), 1, PageSize::Size4K).expect("the pool was just made");
         let policy = Policy { witness: WitnessKind::Intent, barrier, ..Policy::default() };
         let mmu = GuestMmu::new(stage2, policy);
         let slot = Memslot::new(SlotId(0), Gfn::new(0), FRAMES, Hva::new(FRAME_BYTES));
@@ -54,63 +53,77 @@ impl Whole {
     }
 
     /// One vCPU's way to map.
-    pub(crate) fn mapper(&self) -> impl FnMut(u64, u64) {
-        let Self { mmu, slot } = self;
-        let mut vcpu = mmu.vcpu();
-        let mut cache = TableCache::default();
+    pub(crate) fn mapper(&self) -> impl Map {
+        Mapper { mmu: &self.mmu, slot: &self.slot, vcpu: self.mmu.vcpu(), cache: TableCache::default() }
+    }
+}
+
+type Machine = Stage2<Npt4, Bench>;
+
+struct Mapper<'w> {
+    mmu: &'w GuestMmu<Machine>,
+    slot: &'w Memslot,
+    vcpu: Vcpu<'w, Machine>,
+    cache: TableCache<Pool>,
+}
+
+impl Install for Mapper<'_> {
+    #[inline(never)]
+    fn install(&mut self, gfn: Gfn, pfn: Pfn) -> Result<Mapped, MapError> {
+        let Self { mmu, slot, vcpu, cache } = self;
+        let fault = Fault {
+            space: SpaceId(0),
+            gfn,
+            access: Access::WRITE,
+            kind: FaultKind::Demand,
+            found: Found::Absent,
+            privacy: Privacy::Shared,
+        };
         let tables = mmu.secondary();
-        move |gfn, pfn| {
-            let gfn = black_box(Gfn::new(gfn));
-            let fault = Fault {
-                space: SpaceId(0),
-                gfn,
-                access: Access::WRITE,
-                kind: FaultKind::Demand,
-                found: Found::Absent,
-                privacy: Privacy::Shared,
-            };
-            until_fixed(|| {
-                assert!(tables.top_up(&mut cache));
-                let block = tables.block(slot, gfn);
-                let since = mmu.invalidations().snapshot_of(block);
-                assert!(mmu.hint(since, block).is_none());
-                let page = Number(Pfn::new(pfn));
-                let intent = vcpu.announce(block);
-                let fresh = mmu.invalidations().verify(&intent, since, block).expect("nobody invalidates");
-                tables.map(fresh, slot, &fault, &page, &mut cache)
-            });
-        }
+        assert!(tables.top_up(cache));
+        let block = tables.block(slot, gfn);
+        let since = mmu.invalidations().snapshot_of(block);
+        assert!(mmu.hint(since, block).is_none());
+        let intent = vcpu.announce(block);
+        let fresh = mmu.invalidations().verify(&intent, since, block).expect("nobody invalidates");
+        tables.map(fresh, slot, &fault, &Number(pfn), cache)
     }
 }
 
 /// The same with `mmu_lock` for a witness.
 pub(crate) struct Locked {
     lock: MmuLock<Linux>,
-    tables: Tables<Npt4, HeapMemory>,
+    tables: Tables<Npt4, Pool>,
 }
 
 impl Locked {
     pub(crate) fn new() -> Self {
-        Self { lock: MmuLock::new(), tables: Tables::new(HeapMemory::default()).expect("the heap has room") }
+        Self { lock: MmuLock::new(), tables: Tables::new(Pool::new()).expect("the pool was just made") }
     }
 
-    pub(crate) fn mapper(&self) -> impl FnMut(u64, u64) {
-        let Self { lock, tables } = self;
+    pub(crate) fn mapper(&self) -> impl Map {
+        LockedMapper { locked: self, cache: TableCache::default() }
+    }
+}
+
+struct LockedMapper<'l> {
+    locked: &'l Locked,
+    cache: TableCache<Pool>,
+}
+
+impl Install for LockedMapper<'_> {
+    #[inline(never)]
+    fn install(&mut self, gfn: Gfn, pfn: Pfn) -> Result<Mapped, MapError> {
+        let Self { locked: Locked { lock, tables }, cache } = self;
         let words = lock.invalidations();
-        let mut cache = TableCache::default();
-        move |gfn, pfn| {
-            let gfn = black_box(Gfn::new(gfn));
-            until_fixed(|| {
-                assert!(tables.top_up(&mut cache));
-                let block = GfnRange::frame(gfn);
-                let since = words.snapshot_of(block);
-                assert!(words.hint(since, block).is_none());
-                let witness = lock.read();
-                let fresh = words.verify(&witness, since, block).expect("nobody invalidates");
-                let mapped = tables.map(gfn, leaf(pfn), &mut cache);
-                drop(fresh);
-                mapped
-            });
-        }
+        assert!(tables.top_up(cache));
+        let block = GfnRange::frame(gfn);
+        let since = words.snapshot_of(block);
+        assert!(words.hint(since, block).is_none());
+        let witness = lock.read();
+        let fresh = words.verify(&witness, since, block).expect("nobody invalidates");
+        let mapped = tables.map(gfn, leaf(pfn), cache);
+        drop(fresh);
+        mapped
     }
 }

@@ -48,11 +48,10 @@ impl<F: Format, H: Host> Stage2<F, H> {
     }
 
     /// What is installed for `fault`, which `page` answers.
-    #[inline]
     pub(super) fn size(&self, slot: &Memslot, fault: &Fault, page: &H::Page, fresh: &Fresh<'_>) -> PageSize {
         let gfn = fault.gfn;
         let fetches = self.large.execute == LargeExecute::Never && fault.access.contains(Access::EXEC);
-        if fresh.range().len() == 1 && !mutation::active(Mutation::LargeBeyondVerdict) || fetches {
+        if self.large.largest == PageSize::Size4K || fetches {
             return PageSize::Size4K;
         }
         LARGE

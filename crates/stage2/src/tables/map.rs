@@ -21,13 +21,14 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
     #[inline]
     pub fn map(&self, gfn: Gfn, leaf: Leaf, cache: &mut TableCache<M>) -> Result<Mapped, MapError> {
         // Nearly always the tables are there and the entry says nothing. Then the exchange is the look, too.
-        if let Ok(raw) = F::encode_leaf(leaf)
-            && let Some(entry) = self.linked_entry(gfn, leaf.size.level())
+        let raw = F::encode_leaf(leaf)?;
+        let level = leaf.size.level();
+        if let Some(entry) = self.linked_entry(gfn, level)
             && entry.compare_exchange(F::ABSENT, raw, Ordering::AcqRel, Ordering::Acquire).is_ok()
         {
             return Ok(Mapped::Fixed);
         }
-        self.map_into(gfn, leaf, cache)
+        self.map_into(gfn, raw, level, cache)
     }
 
     /// The entry of `gfn` at `target`, if every table above it is linked.
@@ -43,10 +44,19 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
         (table.level() == target).then(|| table.entry(gfn))
     }
 
-    /// Links what is missing, and looks at what is there.
+    /// Links what is missing, and looks at what is there. Takes the leaf as an entry of `level`, in a register: so that the
+    /// way that is nearly always gone stores nothing for this one.
     #[cold]
-    fn map_into(&self, gfn: Gfn, leaf: Leaf, cache: &mut TableCache<M>) -> Result<Mapped, MapError> {
-        let mut wanted = leaf;
+    fn map_into(
+        &self,
+        gfn: Gfn,
+        raw: u64,
+        level: Level,
+        cache: &mut TableCache<M>,
+    ) -> Result<Mapped, MapError> {
+        let Entry::Leaf(mut wanted) = F::decode(raw, level) else {
+            unreachable!("a leaf that was encoded is a leaf");
+        };
         loop {
             let raw = F::encode_leaf(wanted)?;
             let Some(place) = self.descend(gfn, wanted.size.level(), cache)? else {
