@@ -121,7 +121,12 @@ where
                     return self.frame(gfn, page);
                 }
                 Some(_) if !F::FAULTS_FORGET => self.fault(gfn, access, Found::Present)?,
-                Some(_) | None => self.walk(gfn, access)?,
+                Some(_) => {
+                    // What is walked to takes its place, also where that is of another size.
+                    self.tlb.forget(gfn);
+                    self.walk(gfn, access)?;
+                }
+                None => self.walk(gfn, access)?,
             }
         }
     }
