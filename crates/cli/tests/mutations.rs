@@ -153,6 +153,7 @@ fn every_rule_shows_on_software() {
     for rule in [
         "verify-always-fresh",
         "begin-without-flush",
+        "flush-forgets-last-frame",
         "kick-without-ack",
         "zap-forgets-last-frame",
         "evict-without-invalidation",
@@ -163,14 +164,16 @@ fn every_rule_shows_on_software() {
     }
 }
 
-/// Large pages that are split and recovered while they are in use: `free-at-once` leaves paging-structure caches behind that
-/// point to freed tables; `split-without-break` gives a vCPU two translations of different size, which Arm forbids.
+/// Large pages that are split and recovered while they are in use: `free-at-once` and `flush-keeps-tables` leave
+/// paging-structure caches behind that point to freed tables; `split-without-break` gives a vCPU two translations of different size, which Arm forbids.
 #[test]
 fn rules_of_tables_show_on_software() {
     let _alone = alone();
     let large = ["--guest", "soft", "--page-size", "2m", "--memory", "16m", "--resident", "16m"];
     let meanwhile = ["--invalidate", "migrate,split,collapse", "--pressure", "20"];
-    for (rule, format) in [("free-at-once", "ept"), ("split-without-break", "vmsa")] {
+    for (rule, format) in
+        [("free-at-once", "ept"), ("flush-keeps-tables", "ept"), ("split-without-break", "vmsa")]
+    {
         for witness in ["lock", "intent"] {
             let chosen = ["--format", format, "--witness", witness];
             let options: Vec<_> = large.iter().chain(&meanwhile).chain(&chosen).copied().collect();

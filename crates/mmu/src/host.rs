@@ -3,6 +3,7 @@
 use core::fmt;
 
 use crate::addr::{Gfn, GfnRange, HvaRange, PageSize, Pfn};
+use crate::flush::Flush;
 use crate::intent::{Walker, Walking};
 use crate::invalidation::{Fresh, MachineId, Snapshot};
 use crate::platform::Platform;
@@ -355,10 +356,9 @@ pub trait SecondaryMmu: Sized + Send + Sync {
     /// Frees tables that a zap unlinked and gave to [`Steps::retire`](crate::Steps::retire): nobody can reach them any more.
     fn free_tables(&self, _tables: Retired<Self>) {}
 
-    /// Makes every CPU forget what was zapped in `gfns`. The default asks all vCPUs and waits for those in the guest.
-    fn flush(&self, gfns: GfnRange, vcpus: &VcpuWords<Self::Platform>) {
-        let _ = gfns;
-        vcpus.request_and_wait(crate::Requests::FLUSH_TLB, |vcpu| self.kick(vcpu));
+    /// Makes every CPU forget what `flush` says, or more. The default asks all vCPUs and waits for those in the guest.
+    fn flush(&self, flush: Flush, vcpus: &VcpuWords<Self::Platform>) {
+        vcpus.flush_and_wait(flush, |vcpu| self.kick(vcpu));
     }
 
     /// Makes vCPU number `vcpu`, seen in guest mode, leave the guest.

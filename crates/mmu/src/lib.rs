@@ -195,6 +195,7 @@ mod dirty_bitmap;
 mod dirty_log;
 mod dirty_ring;
 mod fault;
+mod flush;
 mod guest_mmu;
 mod host;
 mod intent;
@@ -222,6 +223,7 @@ pub use addr::{FRAME_BYTES, FRAME_SHIFT, Gfn, GfnRange, Gpa, Hva, HvaRange, Leve
 pub use dirty_bitmap::Initially;
 pub use dirty_log::LogBy;
 pub use dirty_ring::{DirtyFrame, DirtyRing};
+pub use flush::Flush;
 pub use guest_mmu::{GuestMmu, Policy, Precheck, WitnessKind, YieldPolicy};
 pub use host::{
     Access, Age, Blocking, CachedMmio, FastFault, Fault, FaultInError, FaultKind, Found, Mapped, Notifier,

@@ -109,6 +109,14 @@ pub enum Mutation {
     FreeWithoutQuiescence,
     /// A table is freed without the flush before (rule F3).
     FreeWithoutFlush,
+    /// A flush leaves out the last frame of its range.
+    FlushForgetsLastFrame,
+    /// The flush before a table is freed leaves pointers to it cached.
+    FlushKeepsTables,
+    /// A flush is requested before it is said of what.
+    FlushWidenedLate,
+    /// It is said of what with a relaxed exchange.
+    FlushWidenedRelaxed,
     /// A round of the dirty log protects frames before it takes their bits.
     ProtectBeforeTake,
     /// A fault sets the bit of the dirty log before it makes the entry writable.

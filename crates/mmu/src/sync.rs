@@ -24,6 +24,7 @@
 //! | reader word | enter: store + light barrier | Release | the updater's pointer swap + heavy barrier: reader sees the new slots, or the updater sees the reader. Release: an updater that waits for the section before this one may find this one instead |
 //! | reader word | leave: swap | Release | the updater's Acquire: installs of that section happened before |
 //! | slots pointer | publish / read | Release / Acquire | contents of the slot set |
+//! | flush words | widen: compare-exchange | Release | the vCPU's Acquire when it takes them: what it walks after it has forgotten is as the zap left it |
 //! | vCPU `mode` | in guest: store + `fence(SeqCst)` | Release | requester's `requests` + `fence(SeqCst)`: the vCPU sees the request, or the requester sees it in the guest and kicks. Release: as for the reader word |
 //! | vCPU `mode` | leave: swap | Release | the requester's Acquire: the vCPU's last guest access came before |
 //! | counters | all | Relaxed | nothing: they are statistics |

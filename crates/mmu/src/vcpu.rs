@@ -7,6 +7,7 @@ use core::fmt;
 use crate::addr::{Gfn, GfnRange, Hva, HvaRange};
 use crate::dirty_ring::DirtyRing;
 use crate::fault::Path;
+use crate::flush::Flush;
 use crate::guest_mmu::{GuestMmu, WitnessKind};
 use crate::host::{Fault, PrimaryMmu, SecondaryMmu};
 use crate::intent::{Intent, Walker};
@@ -131,6 +132,12 @@ impl<'m, S: SecondaryMmu> Vcpu<'m, S> {
             self.shared.claim.give_back();
         }
         self.shared.take_requests()
+    }
+
+    /// What is to be forgotten for a [`FLUSH_TLB`](Requests::FLUSH_TLB) that was handed out, by who need not forget
+    /// everything; before the guest is entered again.
+    pub fn take_flush(&self) -> Flush {
+        self.shared.take_flush()
     }
 
     /// Serves one fault, once. See the module documentation for what each outcome asks of the caller.

@@ -22,6 +22,7 @@ use alloc::vec::Vec;
 use core::fmt;
 
 use crate::addr::GfnRange;
+use crate::flush::{Flush, FlushWords};
 use crate::intent::{Barrier, Barriers, IntentWord, Waited};
 use crate::mutation::{self, Mutation};
 use crate::platform::Platform;
@@ -34,9 +35,9 @@ bitflags::bitflags! {
     /// What a vCPU must do before it runs guest code again.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub struct Requests: u32 {
-        /// Forget all cached translations.
+        /// Forget all cached translations, or what [`Vcpu::take_flush`](crate::Vcpu::take_flush) says.
         const FLUSH_TLB = 1;
-        /// Drop roots that were invalidated, and load new ones.
+        /// Drop roots that were invalidated, load new ones, and forget everything that was cached below the old.
         const RELOAD_ROOTS = 2;
         /// Just leave the guest.
         const STOP = 4;
@@ -63,6 +64,7 @@ pub(crate) struct VcpuShared {
 struct Handshake {
     mode: AtomicU32,
     requests: AtomicU32,
+    flush: FlushWords,
 }
 
 impl VcpuShared {
@@ -73,7 +75,11 @@ impl VcpuShared {
             intent: CachePadded(IntentWord::new(barriers)),
             claim: CachePadded(IntentWord::new(barriers)),
             counters: CachePadded(FaultCounters::new()),
-            handshake: CachePadded(Handshake { mode: AtomicU32::new(OUTSIDE), requests: AtomicU32::new(0) }),
+            handshake: CachePadded(Handshake {
+                mode: AtomicU32::new(OUTSIDE),
+                requests: AtomicU32::new(0),
+                flush: FlushWords::new(),
+            }),
         }
     }
 
@@ -108,14 +114,26 @@ impl VcpuShared {
         Requests::from_bits_retain(self.handshake.requests.swap(0, Ordering::Acquire))
     }
 
+    /// What is to be forgotten for the flushes that were requested. After their requests were taken.
+    pub(crate) fn take_flush(&self) -> Flush {
+        self.handshake.flush.take()
+    }
+
     /// Whether the vCPU was kicked and should leave the guest (for vCPUs that are software).
     pub(crate) fn is_kicked(&self) -> bool {
         self.handshake.mode.load(Ordering::Relaxed) == EXITING
     }
 
-    /// Sets request bits; returns whether the vCPU must be kicked, which this caller then does.
-    fn request(&self, requests: Requests) -> Kick {
+    /// Says what to flush, and sets request bits; returns whether the vCPU must be kicked, which this caller then does.
+    fn request(&self, requests: Requests, flush: Flush) -> Kick {
+        let late = mutation::active(Mutation::FlushWidenedLate);
+        if !late {
+            self.handshake.flush.widen(flush);
+        }
         self.handshake.requests.fetch_or(requests.bits(), Ordering::Release);
+        if late {
+            self.handshake.flush.widen(flush);
+        }
         if !mutation::active(Mutation::RequestWithoutFence) {
             fence(Ordering::SeqCst);
         }
@@ -313,15 +331,26 @@ impl<P: Platform> VcpuWords<P> {
         wait_for_readers::<P>(words.iter().map(|vcpu| &vcpu.reader.0), self.barriers.announce);
     }
 
-    /// Asks every vCPU, kicks those that are in the guest, and returns when all of those have left it.
+    /// Has every vCPU forget what `flush` says, as [`request_and_wait`](Self::request_and_wait) does.
+    pub fn flush_and_wait(&self, flush: Flush, kick: impl Fn(usize)) {
+        self.ask(Requests::FLUSH_TLB, flush, kick);
+    }
+
+    /// Asks every vCPU, kicks those that are in the guest, and returns when all of those have left it. A flush is one of
+    /// everything.
     ///
     /// No vCPU can be made or dropped meanwhile. So the caller must not be in the guest itself, and a thread with a vCPU in
     /// the guest must leave it before it makes or drops another.
     pub fn request_and_wait(&self, requests: Requests, kick: impl Fn(usize)) {
+        let flushes = requests.contains(Requests::FLUSH_TLB);
+        self.ask(requests, if flushes { Flush::EVERYTHING } else { Flush::NOTHING }, kick);
+    }
+
+    fn ask(&self, requests: Requests, flush: Flush, kick: impl Fn(usize)) {
         self.flushes.fetch_add(u64::from(requests.contains(Requests::FLUSH_TLB)), Ordering::Relaxed);
         let words = self.words.read();
         for vcpu in words.iter() {
-            if vcpu.request(requests) == Kick::Needed {
+            if vcpu.request(requests, flush) == Kick::Needed {
                 kick(vcpu.id);
             }
         }

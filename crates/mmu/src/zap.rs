@@ -18,6 +18,7 @@ use core::{fmt, mem};
 
 use crate::addr::{GfnRange, Pfn};
 use crate::dirty_log;
+use crate::flush::Flush;
 use crate::guest_mmu::{GuestMmu, YieldPolicy};
 use crate::host::{Blocking, SecondaryMmu};
 use crate::intent::Walking;
@@ -82,7 +83,7 @@ pub struct ZapWalk<'m, S: SecondaryMmu> {
     guard: MmuWriteGuard<'m, S::Platform>,
     blocking: Blocking,
     yielding: YieldPolicy,
-    unflushed: Option<GfnRange>,
+    unflushed: Flush,
     retired: Retired<S>,
 }
 
@@ -112,7 +113,7 @@ impl<'m, S: SecondaryMmu> ZapWalk<'m, S> {
             Blocking::Forbidden if mutation::active(Mutation::NonBlockableYields) => mmu.policy().yielding,
             Blocking::Forbidden => YieldPolicy::Never,
         };
-        Self { mmu, guard, blocking, yielding, unflushed: None, retired: Retired::none() }
+        Self { mmu, guard, blocking, yielding, unflushed: Flush::NOTHING, retired: Retired::none() }
     }
 
     /// The right to follow links, since the lock is held, and what the steps of the walk are reported to meanwhile.
@@ -182,7 +183,7 @@ pub struct Steps<'w, 'm, S: SecondaryMmu> {
     guard: &'w MmuWriteGuard<'m, S::Platform>,
     blocking: Blocking,
     yielding: YieldPolicy,
-    unflushed: &'w mut Option<GfnRange>,
+    unflushed: &'w mut Flush,
     retired: &'w mut Retired<S>,
 }
 
@@ -200,7 +201,7 @@ impl<S: SecondaryMmu> Steps<'_, '_, S> {
             Zapped::Nothing => {}
             Zapped::Unflushed(frames) => {
                 counters.zapped_frames.fetch_add(frames, Ordering::Relaxed);
-                self.owe(done);
+                self.owe(Flush::of(done));
             }
             Zapped::Flushed(frames) => {
                 counters.zapped_frames.fetch_add(frames, Ordering::Relaxed);
@@ -255,23 +256,26 @@ impl<S: SecondaryMmu> Steps<'_, '_, S> {
         self.retired.tables[self.retired.count] = table;
         self.retired.count += 1;
         if !mutation::active(Mutation::FreeWithoutFlush) {
-            self.owe(gfns);
+            let keeps = mutation::active(Mutation::FlushKeepsTables);
+            self.owe(if keeps { Flush::of(gfns) } else { Flush::with_tables(gfns) });
         }
     }
 
-    fn owe(&mut self, gfns: GfnRange) {
-        *self.unflushed = Some(self.unflushed.map_or(gfns, |owed| owed.hull(gfns)));
+    fn owe(&mut self, flush: Flush) {
+        *self.unflushed = self.unflushed.and(flush);
     }
 
-    /// Makes every CPU forget `gfns` now: where an entry must be broken before it is made, there is no putting it off.
-    pub fn flush_now(&mut self, gfns: GfnRange) {
-        self.owe(gfns);
+    /// Makes every CPU forget what `flush` says now: where an entry must be broken before it is made, there is no putting it
+    /// off.
+    pub fn flush_now(&mut self, flush: Flush) {
+        self.owe(flush);
         self.flush();
     }
 
     /// Pays what is owed. The lock is still held.
     fn flush(&mut self) {
-        if let Some(owed) = self.unflushed.take() {
+        let owed = mem::replace(self.unflushed, Flush::NOTHING);
+        if !owed.is_nothing() {
             self.mmu.counters.flushes.fetch_add(1, Ordering::Relaxed);
             self.mmu.secondary().flush(owed, &self.mmu.vcpus);
         }

@@ -3,7 +3,7 @@
 //! What only a rare schedule shows (fences, orderings, wake-ups, the lock) is left to loom, which does the same to its
 //! models: `EndCountFirst`, `ReaderWithoutFence`, `WaitWithoutMark`, `EnterWithoutFence`, `RequestWithoutFence`,
 //! `ReaderIgnoresWriter`, `WriterIgnoresReaders`, `AnnounceWithoutFence`, `ClearWithoutFence`, `DrainWithoutFence`,
-//! `FreeWithoutQuiescence`, and all of the `…WithoutWake` and `…Relaxed`. The `Discard…` and `Evict…` belong to the crate that
+//! `FreeWithoutQuiescence`, `FlushWidenedLate`, and all of the `…WithoutWake` and `…Relaxed`. The `Discard…` and `Evict…` belong to the crate that
 //! owns the pages.
 #![cfg(not(loom))]
 
@@ -20,7 +20,8 @@ use afterimage_mmu::mutation::{self, Mutation};
 use support::machine::with_witness;
 
 use scenarios::{
-    fault, intents, invalidation, memslots, pages, precheck, stress, turns, waiting, words, yielding,
+    fault, handshake, intents, invalidation, memslots, pages, precheck, stress, turns, waiting, words,
+    yielding,
 };
 
 /// A mutation is switched on for the whole process.
@@ -70,6 +71,9 @@ rules! {
         precheck::a_page_looked_up_before_an_end_is_not_installed_after_it;
     a_zap_is_complete: ZapForgetsLastFrame is noticed by
         invalidation::when_it_has_begun_nothing_maps_the_range,
+        invalidation::each_round_shows_the_page_of_that_round;
+    a_flush_is_complete: FlushForgetsLastFrame is noticed by
+        handshake::a_flush_of_a_range_leaves_the_rest,
         invalidation::each_round_shows_the_page_of_that_round;
     every_slot_is_zapped: FirstSlotOnly is noticed by
         invalidation::every_slot_over_the_range_is_zapped;

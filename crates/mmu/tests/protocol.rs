@@ -54,6 +54,8 @@ tests! {
     }
     handshake {
         a_request_keeps_a_vcpu_out_of_the_guest,
+        a_flush_of_a_range_leaves_the_rest,
+        flushes_of_ranges_add_up,
         a_vcpu_in_the_guest_is_kicked_and_waited_for,
         a_vcpu_that_goes_away_in_the_guest_holds_nobody_up,
         numbers_are_reused_and_counts_are_kept,

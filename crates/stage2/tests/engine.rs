@@ -15,7 +15,7 @@ macro_rules! every_format {
             every_format!(@tests $format:
                 faults::one_by_one, faults::under_fire,
                 large::huge_pages, large::split_and_recover, large::faults_split, large::mixed_blocks, large::never_executable, large::recovered_never_executable,
-                large::neighbours_are_verified, large::marks_are_kept, large::tables_outlive_walks,
+                large::neighbours_are_verified, large::marks_are_kept, large::flushes_say_what_went, large::tables_outlive_walks,
                 dirty::rounds, dirty::rounds_flush, dirty::by_hand, dirty::all_set, dirty::rings, dirty::written_and_gone, dirty::by_marks,
                 dirty::copies_by_protection, dirty::copies_by_marks, dirty::copies_by_ring);
         })*

@@ -50,6 +50,7 @@ macro_rules! rules {
 rules! {
     tables_are_freed_after_the_last_walk: FreeAtOnce of tables is noticed by large::tables_outlive_walks::<X86>;
     the_engine_waits_for_walks: FreeWithoutQuiescence of engine is noticed by large::tables_outlive_walks::<X86>;
+    pointers_to_tables_are_flushed: FlushKeepsTables of engine is noticed by large::flushes_say_what_went::<X86>;
     a_split_breaks_first: SplitWithoutBreak of tables is noticed by
         large::split_and_recover::<Arm>, large::faults_split::<Arm>, frozen::zaps_wait::<Arm>;
     a_split_keeps_marks: SplitLosesDirty of tables is noticed by

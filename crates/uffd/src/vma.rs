@@ -28,8 +28,8 @@ use core::sync::atomic::{AtomicU32, Ordering, fence};
 use std::sync::Arc;
 
 use afterimage_mmu::{
-    Age, Fault, Found, Fresh, Gfn, GfnRange, HvaRange, Mapped, Memslot, PageRef, PageSize, SecondaryMmu,
-    VcpuWords, Walk, Walking, Young, Zap, ZapWalk, Zapped,
+    Age, Fault, Flush, Found, Fresh, Gfn, GfnRange, HvaRange, Mapped, Memslot, PageRef, PageSize,
+    SecondaryMmu, VcpuWords, Walk, Walking, Young, Zap, ZapWalk, Zapped,
 };
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -298,7 +298,7 @@ impl<Page: VmaPage> SecondaryMmu for UffdMmu<Page> {
         }
     }
 
-    fn flush(&self, _gfns: GfnRange, _vcpus: &VcpuWords<Linux>) {}
+    fn flush(&self, _flush: Flush, _vcpus: &VcpuWords<Linux>) {}
 
     fn age(&self, slot: &Memslot, gfns: GfnRange, age: Age, _walking: Walking<'_>) -> Young {
         if age == Age::Clear && self.backing == Backing::Shared {

@@ -186,6 +186,10 @@ pub(super) enum BreakChoice {
     BeginWithoutFlush,
     /// A zap gives the lock up without a flush (rule F2)
     YieldWithoutFlush,
+    /// A flush leaves out the last frame of its range
+    FlushForgetsLastFrame,
+    /// Pointers to a table outlive the flush before it is freed
+    FlushKeepsTables,
     /// A flush does not wait for the vCPUs that it kicks
     KickWithoutAck,
     /// A removed table is freed before the flush
@@ -214,6 +218,8 @@ impl BreakChoice {
             Self::DiscardKeepsBytes => protocol::set(Some(Rule::DiscardKeepsBytes)),
             Self::BeginWithoutFlush => protocol::set(Some(Rule::BeginWithoutFlush)),
             Self::YieldWithoutFlush => protocol::set(Some(Rule::YieldWithoutFlush)),
+            Self::FlushForgetsLastFrame => protocol::set(Some(Rule::FlushForgetsLastFrame)),
+            Self::FlushKeepsTables => protocol::set(Some(Rule::FlushKeepsTables)),
             Self::KickWithoutAck => protocol::set(Some(Rule::KickWithoutAck)),
             Self::FreeAtOnce => tables::set(Some(TableRule::FreeAtOnce)),
             Self::SplitWithoutBreak => tables::set(Some(TableRule::SplitWithoutBreak)),

@@ -4,7 +4,7 @@ use core::sync::atomic::{AtomicU64, Ordering};
 
 use afterimage_mmu::{
     Fault, FaultInError, Fresh, Gfn, GfnRange, GuestMmu, Hva, Mapped, Memslot, PageRef, PageUse, Patience,
-    Pfn, Platform, Policy, PrimaryMmu, SecondaryMmu, SlotId, Snapshot, VcpuWords, Walk, Zap, ZapWalk, Zapped,
+    Pfn, Platform, Policy, PrimaryMmu, SecondaryMmu, SlotId, Snapshot, Walk, Zap, ZapWalk, Zapped,
 };
 
 /// Frames of the slot.
@@ -106,11 +106,6 @@ impl SecondaryMmu for Words {
             let zapped = if taken == 0 { Zapped::Nothing } else { Zapped::Unflushed(1) };
             let (Walk::GoOn | Walk::Restart) = walk.step(GfnRange::frame(Gfn::new(gfn)), zapped);
         }
-    }
-
-    fn flush(&self, gfns: GfnRange, vcpus: &VcpuWords<Bare>) {
-        let _ = gfns;
-        vcpus.request_and_wait(afterimage_mmu::Requests::FLUSH_TLB, |_| ());
     }
 }
 

@@ -6,6 +6,8 @@ use loom::sync::atomic::{AtomicBool, Ordering};
 use loom::thread;
 
 use super::{RACE, STUCK, fails_without, holds};
+use crate::addr::{Gfn, GfnRange};
+use crate::flush::Flush;
 use crate::intent::Barrier;
 use crate::mutation::Mutation;
 use crate::platform::model::Loom;
@@ -76,6 +78,79 @@ fn three_times_in_the_guest() {
     a_guest_against_a_flush(3);
 }
 
+/// Two pages, and a vCPU that forgets of them what it is told to.
+struct Pages {
+    vcpus: VcpuWords<Loom>,
+    present: [AtomicBool; 2],
+    pages: [UnsafeCell<()>; 2],
+}
+
+impl Pages {
+    fn run(&self, vcpu: &VcpuShared, rounds: usize) {
+        let mut tlb = [false; 2];
+        let obey = |tlb: &mut [bool; 2], requests: Requests| {
+            if requests.contains(Requests::FLUSH_TLB) {
+                let flush = vcpu.take_flush();
+                for (frame, cached) in (0..).zip(tlb) {
+                    *cached = *cached && !flush.translations.contains(Gfn::new(frame));
+                }
+            }
+        };
+        for _ in 0..rounds {
+            match vcpu.enter_guest::<Loom>() {
+                Ok(()) => {
+                    for ((cached, present), page) in tlb.iter_mut().zip(&self.present).zip(&self.pages) {
+                        *cached = *cached || present.load(Ordering::Relaxed);
+                        if *cached {
+                            page.with(|_| ());
+                        }
+                    }
+                    vcpu.leave_guest::<Loom>();
+                    obey(&mut tlb, vcpu.take_requests());
+                }
+                Err(requests) => obey(&mut tlb, requests),
+            }
+        }
+    }
+
+    fn take_away(&self, frame: u64) {
+        self.present[frame as usize].store(false, Ordering::Relaxed);
+        let flush = Flush::of(GfnRange::frame(Gfn::new(frame)));
+        self.vcpus.flush_and_wait(flush, |_| ());
+        self.pages[frame as usize].with_mut(|_| ());
+    }
+}
+
+fn pages() -> Arc<Pages> {
+    Arc::new(Pages {
+        vcpus: VcpuWords::new(Barrier::Symmetric),
+        present: core::array::from_fn(|_| AtomicBool::new(true)),
+        pages: core::array::from_fn(|_| UnsafeCell::new(())),
+    })
+}
+
+/// One page after the other: what the vCPU has not taken of the first flush when the second comes is not lost.
+fn ranges_in_turn() {
+    let machine = pages();
+    let (other, vcpu) = (Arc::clone(&machine), machine.vcpus.register());
+    let guest = thread::spawn(move || other.run(&vcpu, 3));
+    machine.take_away(0);
+    machine.take_away(1);
+    guest.join().expect("the guest does not panic");
+}
+
+/// Both at once: a vCPU may take the range of one with the request of the other.
+fn ranges_at_once() {
+    let machine = pages();
+    let (other, vcpu) = (Arc::clone(&machine), machine.vcpus.register());
+    let guest = thread::spawn(move || other.run(&vcpu, 3));
+    let second = Arc::clone(&machine);
+    let flusher = thread::spawn(move || second.take_away(1));
+    machine.take_away(0);
+    guest.join().expect("the guest does not panic");
+    flusher.join().expect("the flusher does not panic");
+}
+
 /// Two flushes at once: one of them finds the vCPU kicked already, and may not go on before it has left either.
 fn two_flushes() {
     let machine = Machine::new();
@@ -107,6 +182,8 @@ fn loom_a_flush_waits_for_every_guest() {
     holds("guest three times, flush", 4, three_times_in_the_guest);
     holds("two guests, flush", 3, two_guests);
     holds("guest, two flushes", 3, two_flushes);
+    holds("guest, flushes of ranges in turn", 3, ranges_in_turn);
+    holds("guest, flushes of ranges at once", 2, ranges_at_once);
 }
 
 #[test]
@@ -117,4 +194,6 @@ fn loom_each_rule_of_the_handshake_is_needed() {
     fails_without(Mutation::LeaveWithoutWake, STUCK, 3, once_in_the_guest);
     fails_without(Mutation::GuestLeaveRelaxed, RACE, 3, once_in_the_guest);
     fails_without(Mutation::GuestEnterRelaxed, RACE, 3, three_times_in_the_guest);
+    fails_without(Mutation::FlushWidenedLate, RACE, 3, ranges_in_turn);
+    fails_without(Mutation::FlushWidenedRelaxed, RACE, 2, ranges_at_once);
 }

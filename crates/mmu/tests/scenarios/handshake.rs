@@ -2,7 +2,7 @@
 
 use core::sync::atomic::{AtomicBool, Ordering};
 
-use afterimage_mmu::{Access, FaultOutcome, Requests};
+use afterimage_mmu::{Access, FaultOutcome, Flush, Gfn, GfnRange, Requests};
 
 use crate::support::machine::{Machine, both};
 
@@ -16,6 +16,36 @@ pub(crate) fn a_request_keeps_a_vcpu_out_of_the_guest() {
     assert_eq!(guest.vcpu.enter_guest(), Ok(()), "a request is handed out once");
     assert!(!guest.vcpu.is_kicked());
     assert!(guest.vcpu.leave_guest().is_empty());
+}
+
+fn gfns(start: u64, end: u64) -> GfnRange {
+    GfnRange::new(Gfn::new(start), Gfn::new(end))
+}
+
+/// What was zapped is forgotten to its ends, and nothing else is.
+pub(crate) fn a_flush_of_a_range_leaves_the_rest() {
+    let machine = Machine::new(both());
+    let mut guest = machine.guest();
+    guest.read_all(0..8);
+    drop(machine.invalidate(3, 6));
+    guest.enter();
+    let cached: Vec<_> = (0..8).filter(|gfn| guest.caches(*gfn)).collect();
+    assert_eq!(cached, [0, 1, 2, 6, 7]);
+    assert!(guest.vcpu.leave_guest().is_empty());
+}
+
+/// A vCPU that stays outside owes what all flushes meanwhile have asked for, once.
+pub(crate) fn flushes_of_ranges_add_up() {
+    let machine = Machine::new(both());
+    let mut guest = machine.guest();
+    guest.read_all(0..8);
+    drop(machine.invalidate(1, 2));
+    drop(machine.invalidate(4, 6));
+    assert_eq!(guest.vcpu.enter_guest(), Err(Requests::FLUSH_TLB));
+    assert_eq!(guest.vcpu.take_flush(), Flush::of(gfns(1, 6)), "one range that holds both");
+    assert!(guest.vcpu.take_flush().is_nothing());
+    drop(machine.invalidate(0, 1));
+    assert_eq!(guest.vcpu.take_flush(), Flush::of(gfns(0, 1)));
 }
 
 pub(crate) fn a_vcpu_in_the_guest_is_kicked_and_waited_for() {

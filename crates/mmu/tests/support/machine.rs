@@ -209,7 +209,8 @@ impl Guest<'_> {
 
     pub(crate) fn obey(&mut self, requests: Requests) {
         if requests.contains(Requests::FLUSH_TLB) {
-            self.tlb.clear();
+            let flush = self.vcpu.take_flush();
+            self.tlb.retain(|(_, gfn), _| !flush.translations.contains(*gfn));
         }
     }
 

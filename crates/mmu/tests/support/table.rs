@@ -3,8 +3,8 @@
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use afterimage_mmu::{
-    Access, Age, CachedMmio, FastFault, Fault, FaultKind, Fresh, Gfn, GfnRange, Mapped, Memslot, PageRef,
-    PageSize, Pfn, Requests, SecondaryMmu, SlotFlags, SpaceId, VcpuWords, Walk, Walker, Walking, Young, Zap,
+    Access, Age, CachedMmio, FastFault, Fault, FaultKind, Flush, Fresh, Gfn, GfnRange, Mapped, Memslot,
+    PageRef, PageSize, Pfn, SecondaryMmu, SlotFlags, SpaceId, VcpuWords, Walk, Walker, Walking, Young, Zap,
     ZapWalk, Zapped,
 };
 
@@ -235,9 +235,9 @@ impl SecondaryMmu for FlatTable {
         }
     }
 
-    fn flush(&self, _gfns: GfnRange, vcpus: &VcpuWords<Threads>) {
+    fn flush(&self, flush: Flush, vcpus: &VcpuWords<Threads>) {
         self.hooks.at(Point::Flush);
-        vcpus.request_and_wait(Requests::FLUSH_TLB, |vcpu| self.kick(vcpu));
+        vcpus.flush_and_wait(flush, |vcpu| self.kick(vcpu));
     }
 
     fn age(&self, slot: &Memslot, gfns: GfnRange, age: Age, _walking: Walking<'_>) -> Young {

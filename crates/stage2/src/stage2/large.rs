@@ -6,7 +6,7 @@
 //!
 //! Source: Linux `kvm_tdp_mmu_try_split_huge_pages`, `kvm_tdp_mmu_recover_huge_pages`.
 
-use afterimage_mmu::{Gfn, GfnRange, Level, Memslot, PageSize, Turn, ZapWalk, Zapped};
+use afterimage_mmu::{Flush, Gfn, GfnRange, Level, Memslot, PageSize, Turn, ZapWalk, Zapped};
 
 use super::{Host, LargeExecute, Stage2};
 use crate::format::{Entry, Execute, Format};
@@ -61,7 +61,8 @@ impl<F: Format, H: Host> Stage2<F, H> {
                     if cache.is_empty() {
                         return Stop::NoTable;
                     }
-                    let split = tables.split(entry.gfns().start, cache, |gfns| steps.flush_now(gfns));
+                    let split =
+                        tables.split(entry.gfns().start, cache, |gfns| steps.flush_now(Flush::of(gfns)));
                     if let Ok(Split::Done(_) | Split::LostRace) = split {
                         // Once more over the parts, which may be large, too.
                         leaves.look_again(entry.gfns());
@@ -95,7 +96,7 @@ impl<F: Format, H: Host> Stage2<F, H> {
         let (walking, mut steps) = walk.parts();
         if let Some(tables) = self.tables(slot.space, walking) {
             // Once for each size that there is.
-            while let Split::Done(_) = tables.split(gfn, cache, |gfns| steps.flush_now(gfns))? {}
+            while let Split::Done(_) = tables.split(gfn, cache, |gfns| steps.flush_now(Flush::of(gfns)))? {}
         }
         Ok(())
     }
@@ -138,7 +139,8 @@ impl<F: Format, H: Host> Stage2<F, H> {
             };
             if self.may_recover(slot, gfns.start, size, backing)
                 && !steps.is_covered(gfns)
-                && let Some(removed) = tables.collapse(gfns.start, size, most, |gfns| steps.flush_now(gfns))
+                && let Some(removed) =
+                    tables.collapse(gfns.start, size, most, |gfns| steps.flush_now(Flush::with_tables(gfns)))
                 && let Some(table) = removed.table
             {
                 self.retire(&mut steps, table, gfns);

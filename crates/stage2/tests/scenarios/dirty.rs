@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use afterimage_mmu::{
     Access, Blocking, DirtyFrame, DirtyRing, Fault, FaultError, FaultOutcome, Gfn, GfnRange, Initially,
-    LogBy, PageSize, Requests, SlotError, SlotId, SpaceId, Vcpu, WitnessKind, Zap,
+    LogBy, PageSize, SlotError, SlotId, SpaceId, Vcpu, WitnessKind, Zap,
 };
 use afterimage_stage2::{Format, LargePages, Stage2, Translation, Writable};
 
@@ -294,9 +294,7 @@ fn write_on<F: Format>(vcpu: &mut Vcpu<'_, Stage2<F, Tests>>, ram: &Arc<Ram>, mu
     let mut tlb = Tlb::new();
     while !race.over.load(Ordering::Relaxed) {
         if let Err(requests) = vcpu.enter_guest() {
-            if requests.contains(Requests::FLUSH_TLB) {
-                tlb.clear();
-            }
+            obey(vcpu, &mut tlb, requests);
             continue;
         }
         let mut met = None;
@@ -314,9 +312,7 @@ fn write_on<F: Format>(vcpu: &mut Vcpu<'_, Stage2<F, Tests>>, ram: &Arc<Ram>, mu
                 Err(found) => met = Some(Fault { found, ..Fault::new(Gfn::new(gfn), Access::WRITE) }),
             }
         }
-        if vcpu.leave_guest().contains(Requests::FLUSH_TLB) {
-            tlb.clear();
-        }
+        obey(vcpu, &mut tlb, vcpu.leave_guest());
         if let Some(fault) = met {
             match vcpu.handle_fault(&Primary(Arc::clone(ram)), &fault) {
                 // The others go on until somebody collects.

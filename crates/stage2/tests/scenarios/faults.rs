@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use afterimage_mmu::{
-    Access, Age, Blocking, Fault, FaultKind, FaultOutcome, Found, Gfn, Memslot, PageSize, Pfn, Requests,
-    SlotFlags, SlotId, SpaceId, Young, Zap,
+    Access, Age, Blocking, Fault, FaultKind, FaultOutcome, Found, Gfn, Memslot, PageSize, Pfn, SlotFlags,
+    SlotId, SpaceId, Young, Zap,
 };
 use afterimage_stage2::{Format, Translation, Writable};
 
@@ -81,9 +81,7 @@ pub(crate) fn run<F: Format>(mmu: &Mmu<F>, ram: &Arc<Ram>, frames: u64, mut seed
     let mut tlb = Tlb::new();
     while !race.over.load(Ordering::Relaxed) {
         if let Err(requests) = vcpu.enter_guest() {
-            if requests.contains(Requests::FLUSH_TLB) {
-                tlb.clear();
-            }
+            obey(&vcpu, &mut tlb, requests);
             continue;
         }
         let mut met = None;
@@ -101,9 +99,7 @@ pub(crate) fn run<F: Format>(mmu: &Mmu<F>, ram: &Arc<Ram>, frames: u64, mut seed
                 Err(found) => met = Some(Fault { found, ..Fault::new(Gfn::new(gfn), wanted) }),
             }
         }
-        if vcpu.leave_guest().contains(Requests::FLUSH_TLB) {
-            tlb.clear();
-        }
+        obey(&vcpu, &mut tlb, vcpu.leave_guest());
         if let Some(fault) = met {
             let outcome = vcpu.handle_fault(&Primary(Arc::clone(ram)), &fault).expect("the page is there");
             if let FaultOutcome::Retry(retry) = outcome {

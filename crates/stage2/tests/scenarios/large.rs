@@ -1,7 +1,8 @@
 //! Large pages: which are mapped, split and recovered, and the tables that come and go with them.
 
 use afterimage_mmu::{
-    Access, Blocking, FaultOutcome, Found, Gfn, GfnRange, PageSize, Pfn, SlotId, SpaceId, WitnessKind, Zap,
+    Access, Blocking, FaultOutcome, Flush, Found, Gfn, GfnRange, PageSize, Pfn, Requests, SlotId, SpaceId,
+    Vcpu, WitnessKind, Zap,
 };
 use afterimage_stage2::{
     Entry, Execute, Format, HeapMemory, LargeExecute, LargePages, Translation, Writable,
@@ -196,6 +197,41 @@ pub(crate) fn marks_are_kept<F: Format>() {
     for gfn in 512..1024 {
         assert_eq!(leaf_of(&mmu, gfn).map(|leaf| leaf.writable), Some(Writable::Dirty));
     }
+}
+
+/// Pointers to tables are to be forgotten where tables went, and translations where they went.
+pub(crate) fn flushes_say_what_went<F: Format>() {
+    let (mmu, _) = machine::<F>(1024, PageSize::Size2M);
+    let ram = Ram::in_blocks(1024, 0, PageSize::Size2M);
+    let mut vcpu = mmu.vcpu();
+    for gfn in [512, 1024] {
+        assert_eq!(fault(&mut vcpu, &ram, gfn, Access::READ), FaultOutcome::Fixed);
+    }
+    let blocks = [512, 1024].map(|start| GfnRange::new(Gfn::new(start), Gfn::new(start + 512)));
+    let flushed = |vcpu: &Vcpu<'_, _>| {
+        assert_eq!(vcpu.leave_guest(), Requests::FLUSH_TLB);
+        vcpu.take_flush()
+    };
+    // One frame goes, and with it the large page that maps it.
+    drop(mmu.invalidate(hvas(3, 4), Zap::Unmap, Blocking::Allowed));
+    assert_eq!(flushed(&vcpu), Flush::of(blocks[0]));
+    // A part of what was split goes alone.
+    mmu.split_large_pages(SpaceId(0), SlotId(0)).expect("the heap has room");
+    let breaks = if F::BREAK_BEFORE_MAKE { Flush::of(blocks[1]) } else { Flush::NOTHING };
+    assert_eq!(vcpu.take_flush(), breaks);
+    let _ = vcpu.leave_guest();
+    drop(mmu.invalidate(hvas(512 + 7, 512 + 9), Zap::WriteProtect, Blocking::Allowed));
+    let parts = GfnRange::new(Gfn::new(1024 + 7), Gfn::new(1024 + 9));
+    assert_eq!(flushed(&vcpu), Flush::of(parts));
+    // A table that a large page takes the place of, and tables that go with their slot.
+    let _ = fault(&mut vcpu, &ram, 512, Access::READ);
+    mmu.split_large_pages(SpaceId(0), SlotId(0)).expect("the heap has room");
+    let _ = (vcpu.leave_guest(), vcpu.take_flush());
+    mmu.recover_large_pages(SpaceId(0), SlotId(0)).expect("the slot exists");
+    assert_eq!(flushed(&vcpu), Flush::with_tables(blocks[0]));
+    mmu.delete_slot(SpaceId(0), SlotId(0)).expect("the slot exists");
+    let all = GfnRange::new(blocks[0].start, blocks[1].end);
+    assert_eq!(flushed(&vcpu), Flush { translations: all, tables: blocks[1] });
 }
 
 /// A table that goes with its slot is freed when the last walk has ended that could have found it.

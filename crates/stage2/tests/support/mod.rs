@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use afterimage_mmu::{
     Access, FRAME_BYTES, Fault, FaultInError, FaultOutcome, Found, Gfn, GfnRange, GuestMmu, Hva, HvaRange,
-    Memslot, PageRef, PageSize, PageUse, Patience, Pfn, Policy, PrimaryMmu, Retry, RetryPoint, SlotId,
-    Snapshot, SpaceId, Spin, Vcpu, WitnessKind,
+    Memslot, PageRef, PageSize, PageUse, Patience, Pfn, Policy, PrimaryMmu, Requests, Retry, RetryPoint,
+    SlotId, Snapshot, SpaceId, Spin, Vcpu, WitnessKind,
 };
 use afterimage_stage2::{Entry, Format, HeapMemory, Host, LargePages, Leaf, Stage2, Tables, Translation};
 
@@ -227,6 +227,14 @@ pub(crate) fn forbidden<F: Format>(
 
 /// What a vCPU's TLB holds: for the test, everything it ever saw, until it is told to flush.
 pub(crate) type Tlb = HashMap<u64, (Pfn, bool)>;
+
+/// Serves what was requested of a vCPU: it forgets what it must, and nothing else.
+pub(crate) fn obey<F: Format>(vcpu: &Vcpu<'_, Stage2<F, Tests>>, tlb: &mut Tlb, requests: Requests) {
+    if requests.contains(Requests::FLUSH_TLB) {
+        let flush = vcpu.take_flush();
+        tlb.retain(|gfn, _| !flush.translations.contains(Gfn::new(*gfn)));
+    }
+}
 
 /// One access in the guest: through the TLB, or the tables; the frame that it reached. `Err`: a fault.
 pub(crate) fn access<F: Format>(

@@ -221,9 +221,10 @@ where
     fn serve(&mut self, requests: Requests) {
         if requests.contains(Requests::RELOAD_ROOTS) {
             self.root = self.machine.root();
-        }
-        if requests.intersects(Requests::FLUSH_TLB | Requests::RELOAD_ROOTS) {
             self.tlb.flush();
+        }
+        if requests.contains(Requests::FLUSH_TLB) {
+            self.tlb.flush_part(self.vcpu.take_flush());
         }
     }
 

@@ -11,7 +11,7 @@
 
 use core::cmp::Ordering;
 
-use afterimage_mmu::{Gfn, Level, PageSize, Pfn};
+use afterimage_mmu::{Flush, Gfn, GfnRange, Level, PageSize, Pfn};
 
 /// Bits of an ASID.
 const ASID_BITS: u32 = 16;
@@ -75,6 +75,24 @@ impl<T: Copy + Default> Cache<T> {
         let (index, key) = self.place(gfn, asid);
         if self.entries[index].key == key {
             self.entries[index].key = 0;
+        }
+    }
+
+    /// Forgets every entry for an address of `gfns`.
+    fn forget_all(&mut self, gfns: GfnRange, asid: u64) {
+        if gfns.is_empty() {
+            return;
+        }
+        let first = gfns.start.as_u64() >> self.shift;
+        let last = (gfns.end.as_u64() - 1) >> self.shift;
+        if last - first < self.entries.len() as u64 {
+            (first..=last).for_each(|prefix| self.forget(Gfn::new(prefix << self.shift), asid));
+            return;
+        }
+        for entry in &mut self.entries {
+            if (first..=last).contains(&(entry.key >> ASID_BITS)) {
+                entry.key = 0;
+            }
         }
     }
 
@@ -165,6 +183,19 @@ impl Tlb {
         }
     }
 
+    /// Forgets what `flush` says, and nothing else.
+    pub(super) fn flush_part(&mut self, flush: Flush) {
+        if flush == Flush::EVERYTHING {
+            return self.flush();
+        }
+        for cache in &mut self.pages {
+            cache.forget_all(flush.translations, self.asid);
+        }
+        for cache in &mut self.tables {
+            cache.forget_all(flush.tables, self.asid);
+        }
+    }
+
     /// Forgets everything.
     pub(super) fn flush(&mut self) {
         self.asid += 1;
@@ -224,6 +255,60 @@ mod tests {
         assert_eq!(tlb.lowest_table(Gfn::new(5)), Some((Pfn::new(20), two)));
         tlb.forget_tables(Gfn::new(600));
         assert_eq!(tlb.lowest_table(Gfn::new(700)), None);
+    }
+
+    fn gfns(start: u64, end: u64) -> GfnRange {
+        GfnRange::new(Gfn::new(start), Gfn::new(end))
+    }
+
+    fn level(number: u8) -> Level {
+        Level::new(number).expect("a level")
+    }
+
+    /// Translations of every size from frame 0 on, and pointers to tables on two levels.
+    fn filled() -> Tlb {
+        let mut tlb = Tlb::new();
+        for gfn in 0..1024 {
+            tlb.put(Gfn::new(gfn), PageSize::Size4K, page(gfn));
+        }
+        for gfn in [1024, 1536, 2048] {
+            tlb.put(Gfn::new(gfn), PageSize::Size2M, page(gfn));
+        }
+        for gfn in [0, 512] {
+            tlb.put_table(Gfn::new(gfn), level(1), Pfn::new(10));
+        }
+        tlb.put_table(Gfn::new(0), level(2), Pfn::new(20));
+        tlb
+    }
+
+    #[test]
+    fn a_flush_of_a_range_forgets_what_overlaps_it_and_nothing_else() {
+        for (start, end) in
+            [(5, 6), (0, 512), (511, 513), (0, 1024), (1000, 1025), (1, 1 << 18), (1535, 1537)]
+        {
+            let mut tlb = filled();
+            tlb.flush_part(Flush::of(gfns(start, end)));
+            for gfn in 0..2560 {
+                let block =
+                    if gfn < 1024 { gfns(gfn, gfn + 1) } else { Gfn::new(gfn).block(PageSize::Size2M) };
+                let stays = !block.overlaps(gfns(start, end));
+                assert_eq!(tlb.find(Gfn::new(gfn)).is_some(), stays, "{gfn} after [{start}, {end})");
+            }
+            assert_eq!(tlb.lowest_table(Gfn::new(5)), Some((Pfn::new(10), level(1))), "no table went");
+        }
+    }
+
+    #[test]
+    fn pointers_to_tables_go_where_a_table_went_and_nowhere_else() {
+        let mut tlb = filled();
+        tlb.flush_part(Flush { translations: gfns(0, 0), tables: gfns(512, 1024) });
+        assert_eq!(tlb.lowest_table(Gfn::new(5)), Some((Pfn::new(10), level(1))));
+        assert_eq!(tlb.lowest_table(Gfn::new(600)), None, "those on the way to it go, too");
+        assert_eq!(tlb.find(Gfn::new(600)), Some(page(600)), "translations are asked for by themselves");
+        tlb.flush_part(Flush::NOTHING);
+        assert_eq!(tlb.lowest_table(Gfn::new(5)), Some((Pfn::new(10), level(1))));
+        tlb.flush_part(Flush::EVERYTHING);
+        assert_eq!((tlb.lowest_table(Gfn::new(5)), tlb.find(Gfn::new(5))), (None, None));
     }
 
     #[test]
