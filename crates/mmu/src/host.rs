@@ -1,6 +1,7 @@
 //! The two seams: what the engine asks of the primary MMU, and of the tables it installs into.
 
 use core::fmt;
+use core::num::NonZeroU32;
 
 use crate::addr::{Gfn, GfnRange, HvaRange, PageSize, Pfn};
 use crate::flush::Flush;
@@ -352,6 +353,17 @@ pub trait SecondaryMmu: Sized + Send + Sync {
     /// Maps frames of `gfns` of `slot` by larger pages again that are mapped singly and could be, without anyone
     /// noticing.
     fn recover_large(&self, _slot: &Memslot, _gfns: GfnRange, _walk: &mut ZapWalk<'_, Self>) {}
+
+    /// Unmaps blocks that are mapped singly because they were fetched from, where large pages never are: one in `ratio` of them,
+    /// rounded up. The next access maps a large page again. Blocks of slots whose writes are logged stay. How many it was.
+    fn recover_nx_huge_pages<'s>(
+        &self,
+        _ratio: NonZeroU32,
+        _slot_of: &dyn Fn(SpaceId, Gfn) -> Option<&'s Memslot>,
+        _walk: &mut ZapWalk<'_, Self>,
+    ) -> u64 {
+        0
+    }
 
     /// Frees tables that a zap unlinked and gave to [`Steps::retire`](crate::Steps::retire): nobody can reach them any more.
     fn free_tables(&self, _tables: Retired<Self>) {}

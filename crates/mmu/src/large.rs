@@ -6,7 +6,11 @@
 //! A fault that finds a larger page in its way splits that one page, by its install, or, where the entry must be broken first, under
 //! `mmu_lock` here. Then the fault is retried, and finds a page of its own size.
 //!
-//! Source: Linux `kvm_mmu_slot_try_split_huge_pages`, `kvm_mmu_recover_huge_pages`.
+//! Where large pages are never executable, a fetch splits them, and they are recovered a few at a time.
+//!
+//! Source: Linux `kvm_mmu_slot_try_split_huge_pages`, `kvm_mmu_recover_huge_pages`, `kvm_recover_nx_huge_pages`.
+
+use core::num::NonZeroU32;
 
 use crate::addr::Gfn;
 use crate::guest_mmu::GuestMmu;
@@ -39,6 +43,21 @@ impl<S: SecondaryMmu> GuestMmu<S> {
         self.secondary().recover_large(&slot, slot.gfns(), &mut walk);
         walk.finish();
         Ok(())
+    }
+
+    /// Takes blocks away that are mapped singly because they were fetched from, where large pages are never executable, so that they
+    /// become large again: one in `ratio` of them, rounded up. To be called once a period; a block lives about `ratio` periods. How many
+    /// blocks it was.
+    ///
+    /// Blocks of slots whose writes are logged stay as they are, until that is over.
+    pub fn recover_nx_huge_pages(&self, ratio: NonZeroU32) -> u64 {
+        let _update = self.updates.write();
+        let slots = self.slot_set();
+        let mut walk = ZapWalk::start(self, Blocking::Allowed);
+        let slot_of = |space, gfn| slots.find(space, gfn, &mut 0);
+        let recovered = self.secondary().recover_nx_huge_pages(ratio, &slot_of, &mut walk);
+        walk.finish();
+        recovered
     }
 
     /// Splits the larger page around `gfn` for a fault, which keeps the slot in place and holds no witness. The page maps what it

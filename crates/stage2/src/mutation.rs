@@ -36,6 +36,13 @@ pub enum Mutation {
     LoggedLarge,
     /// A large page that is recovered may be fetched from, where none may.
     RecoveredExecutable,
+    /// A table goes, and its entry is free, before CPUs were made to forget it, where the architecture demands
+    /// break-before-make.
+    UnlinkWithoutBreak,
+    /// A fault maps a large page that may be fetched from, where none may.
+    LargeExecutable,
+    /// A block whose writes are logged is taken away to be mapped by a large page.
+    RecoverLogged,
     /// A write protection is not flushed.
     ProtectWithoutFlush,
     /// A zapped leaf's dirty mark does not reach the log.

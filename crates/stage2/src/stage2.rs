@@ -13,6 +13,7 @@
 //! | `zap` | leaf to absent; or write-protected, see `stage2/zap.rs` |
 //! | `zap_slot` | the same, and tables that are within the slot are unlinked and freed |
 //! | `split_large`, `split_around`, `recover_large` | a large leaf to a table, and back |
+//! | `recover_nx_huge_pages` | tables of blocks that were fetched from are unlinked and freed: see `stage2/nx.rs` |
 //! | `age` | the mark away |
 //!
 //! A frame whose content is lost stays absent: every access of it faults, and the primary MMU says so again each time. A
@@ -20,11 +21,16 @@
 //! present entry is fixed, by anyone.
 
 mod large;
+mod nx;
 mod size;
 mod zap;
 
+use self::nx::NxBlocks;
+use self::zap::Faults;
+
 use alloc::boxed::Box;
 use core::fmt;
+use core::num::NonZeroU32;
 
 use afterimage_mmu::{
     Access, Age, CachedMmio, FastFault, Fault, FaultKind, Found, Fresh, Gfn, GfnRange, MachineId, Mapped,
@@ -34,6 +40,7 @@ use afterimage_mmu::{
 
 use crate::format::{Execute, Format, Leaf, MemoryType, Writable};
 use crate::memory::{TableCache, TableMemory};
+use crate::mutation::{self, Mutation};
 use crate::tables::{MapError, Tables};
 
 /// What the tables run on.
@@ -101,6 +108,7 @@ pub struct Stage2<F: Format, H: Host> {
     spaces: Box<[Tables<F, H::Memory>]>,
     machine: Option<MachineId>,
     large: LargePages,
+    nx: NxBlocks,
     host: H,
 }
 
@@ -119,7 +127,7 @@ impl<F: Format, H: Host> Stage2<F, H> {
         let spaces = (0..spaces).map(|_| Tables::new(memory.clone())).collect::<Option<_>>()?;
         let large = large.into();
         let large = LargePages { largest: large.largest.min(F::LARGEST_LEAF), ..large };
-        Some(Self { spaces, machine: None, large, host })
+        Some(Self { spaces, machine: None, large, nx: NxBlocks::new(large.execute), host })
     }
 
     /// The tables of address space `space`, as long as `walking` keeps what is linked in them from being freed.
@@ -142,18 +150,30 @@ impl<F: Format, H: Host> Stage2<F, H> {
         &self.host
     }
 
+    /// Whether `fault` is a fetch for which no large page may be mapped.
+    fn is_fetched_singly(&self, fault: &Fault) -> bool {
+        self.large.execute == LargeExecute::Never && fault.access.contains(Access::EXEC)
+    }
+
+    /// What a large leaf allows of fetching, at most, unless the rule is switched off.
+    fn most_executable(&self, rule: Mutation) -> Execute {
+        match self.large.execute {
+            LargeExecute::Never if !mutation::active(rule) => Execute::Never,
+            LargeExecute::Never | LargeExecute::Allowed => Execute::Always,
+        }
+    }
+
     /// The leaf of `size` that answers `fault` with `page`.
     #[inline]
     fn leaf(&self, slot: &Memslot, fault: &Fault, page: &H::Page, size: PageSize) -> Leaf {
-        let execute = match self.large.execute {
-            LargeExecute::Never if size > PageSize::Size4K => Execute::Never,
-            LargeExecute::Never | LargeExecute::Allowed => Execute::Always,
-        };
         Leaf {
             pfn: Pfn::new(page.pfn().as_u64() & !(size.frames() - 1)),
             size,
             writable: writable(slot, fault, page),
-            execute,
+            execute: match size {
+                PageSize::Size4K => Execute::Always,
+                PageSize::Size2M | PageSize::Size1G => self.most_executable(Mutation::LargeExecutable),
+            },
             memory: MemoryType::WriteBack,
             accessed: fault.kind == FaultKind::Demand,
         }
@@ -241,6 +261,13 @@ impl<F: Format, H: Host> SecondaryMmu for Stage2<F, H> {
     ) -> Result<Mapped, MapError> {
         let tables = self.tables(slot.space, fresh.walking()).ok_or(MapError::NoSuchSpace(slot.space.0))?;
         let size = self.size(slot, fault, page, &fresh);
+        if size > PageSize::Size4K && self.is_fetched_singly(fault) {
+            let mapped = tables.map(fault.gfn, self.leaf(slot, fault, page, PageSize::Size4K), cache);
+            if mapped == Ok(Mapped::Fixed) {
+                self.nx.note(slot.space, fault.gfn, size);
+            }
+            return mapped;
+        }
         tables.map(fault.gfn, self.leaf(slot, fault, page, size), cache)
     }
 
@@ -261,7 +288,7 @@ impl<F: Format, H: Host> SecondaryMmu for Stage2<F, H> {
             // A slot that moves takes its log with it.
             self.zap_leaves(slot, slot.gfns(), Zap::Unmap, walk);
         }
-        self.zap_tables(slot, walk);
+        self.zap_tables(slot, slot.gfns(), F::ROOT_LEVEL, Faults::Excluded, walk);
         // Leaves in tables that reach beyond the slot.
         self.zap_leaves(slot, slot.gfns(), Zap::Unmap, walk);
     }
@@ -292,6 +319,15 @@ impl<F: Format, H: Host> SecondaryMmu for Stage2<F, H> {
 
     fn recover_large(&self, slot: &Memslot, gfns: GfnRange, walk: &mut ZapWalk<'_, Self>) {
         self.collapse_each(slot, gfns, walk);
+    }
+
+    fn recover_nx_huge_pages<'s>(
+        &self,
+        ratio: NonZeroU32,
+        slot_of: &dyn Fn(SpaceId, Gfn) -> Option<&'s Memslot>,
+        walk: &mut ZapWalk<'_, Self>,
+    ) -> u64 {
+        self.recover_nx_blocks(ratio, slot_of, walk)
     }
 
     fn free_tables(&self, tables: Retired<Self>) {

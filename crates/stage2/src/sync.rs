@@ -8,11 +8,14 @@
 //! | entry | take a leaf away | AcqRel | the page's owner comes after every change of the entry before it |
 //! | entry | walk | Acquire | links and installs |
 //! | counts of tables | all | Relaxed | nothing: they are a limit and a statistic |
+//! | blocks that were fetched from | all | Relaxed | nothing: what they say is looked up in the tables |
 //!
 //! Under `--cfg shuttle` a thread may lose its turn before every access of an entry, and every schedule is shuttle's.
 
 #[cfg(not(shuttle))]
 pub(crate) use core::sync::atomic::AtomicU64;
+/// A word that is no entry.
+pub(crate) use core::sync::atomic::AtomicU64 as Word;
 pub(crate) use core::sync::atomic::{AtomicUsize, Ordering};
 #[cfg(shuttle)]
 pub use scheduled::AtomicU64;

@@ -16,6 +16,7 @@ macro_rules! every_format {
                 faults::one_by_one, faults::under_fire,
                 large::huge_pages, large::split_and_recover, large::faults_split, large::mixed_blocks, large::never_executable, large::recovered_never_executable,
                 large::neighbours_are_verified, large::marks_are_kept, large::flushes_say_what_went, large::tables_outlive_walks,
+                nx::recovered, nx::logged_blocks_stay, nx::gone_blocks, nx::recovered_under_fire,
                 dirty::rounds, dirty::rounds_flush, dirty::by_hand, dirty::all_set, dirty::rings, dirty::written_and_gone, dirty::by_marks,
                 dirty::copies_by_protection, dirty::copies_by_marks, dirty::copies_by_ring);
         })*
@@ -42,5 +43,5 @@ mod frozen {
 
     every_format!(@tests Vmsa<40>:
         frozen::installs_back_off, frozen::zaps_wait, frozen::zaps_follow_splits,
-        frozen::no_leaf_becomes_another);
+        frozen::no_leaf_becomes_another, nx::a_removal_breaks_first);
 }

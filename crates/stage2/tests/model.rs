@@ -151,7 +151,7 @@ impl<F: Format> Both<F> {
                 }
             }
             Op::Unlink { gfn } => {
-                let removed = tables.unlink(Gfn::new(gfn), PageSize::Size4K.level());
+                let removed = tables.unlink(Gfn::new(gfn), PageSize::Size4K.level(), |_| ());
                 assert_eq!(removed.map(|removed| removed.frames), model.unlink(gfn));
                 if let Some(removed) = removed {
                     free(tables, removed.table);

@@ -14,7 +14,7 @@ use afterimage_mmu::mutation as engine;
 use afterimage_stage2::mutation::{self, Mutation};
 use afterimage_stage2::{Npt, Vmsa};
 
-use scenarios::{dirty, frozen, large};
+use scenarios::{dirty, frozen, large, nx};
 
 type X86 = Npt<4>;
 /// Needs break-before-make.
@@ -67,6 +67,11 @@ rules! {
         large::huge_pages::<X86>, large::huge_pages::<Arm>;
     what_is_recovered_is_not_executable: RecoveredExecutable of tables is noticed by
         large::recovered_never_executable::<X86>, large::recovered_never_executable::<Arm>;
+    a_removal_breaks_first: UnlinkWithoutBreak of tables is noticed by nx::a_removal_breaks_first::<Arm>;
+    large_pages_are_never_executable: LargeExecutable of tables is noticed by
+        large::never_executable::<X86>, nx::recovered::<X86>, nx::recovered::<Arm>;
+    a_recovery_leaves_logged_blocks: RecoverLogged of tables is noticed by nx::logged_blocks_stay::<X86>;
+    a_recovery_flushes: BeginWithoutFlush of engine is noticed by nx::recovered::<X86>;
     a_protection_is_flushed: ProtectWithoutFlush of tables is noticed by dirty::rounds_flush::<X86>;
     a_zap_keeps_marks: ZapLosesDirty of tables is noticed by dirty::written_and_gone::<X86>;
     the_fast_path_is_logged: FastFaultUnlogged of engine is noticed by dirty::rounds::<X86>;

@@ -4,6 +4,7 @@
 //! that one thread's few steps come in the middle of another's many.
 #![cfg(shuttle)]
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use afterimage_mmu::{Access, Gfn, GfnRange, Mapped, PageSize, Pfn};
@@ -85,7 +86,7 @@ fn unlink_and_map() {
         let tables = Arc::clone(&tables);
         thread::spawn(move || tables.map(GFN, page(BLOCK + 5), &mut cache))
     };
-    let removed = tables.unlink(GFN, PageSize::Size4K.level()).expect("there is a table");
+    let removed = tables.unlink(GFN, PageSize::Size4K.level(), |_| ()).expect("there is a table");
     let mapped = mapper.join().expect("it does not panic").expect("nothing is in the way");
     let there = u64::from(leaf(&tables).is_some()) + u64::from(leaf_at_start(&tables));
     let installed = 1 + u64::from(mapped == Mapped::Fixed);
@@ -94,6 +95,31 @@ fn unlink_and_map() {
 
 fn leaf_at_start(tables: &Tables<Npt<4>, HeapMemory>) -> bool {
     matches!(tables.walk(Gfn::new(BLOCK)).entry, Entry::Leaf(_))
+}
+
+/// A large page takes a table's place only when CPUs were made to forget what was in it.
+fn unlink_and_map_large() {
+    let (tables, mut cache) = tables::<Vmsa<40>>();
+    assert_eq!(tables.map(Gfn::new(BLOCK), page(BLOCK), &mut cache), Ok(Mapped::Fixed));
+    assert!(tables.top_up(&mut cache));
+    let flushed = Arc::new(AtomicBool::new(false));
+    let mapper = {
+        let (tables, flushed) = (Arc::clone(&tables), Arc::clone(&flushed));
+        thread::spawn(move || {
+            for _ in 0..4 {
+                let _ = tables.map(GFN, LARGE, &mut cache).expect("nothing is in the way");
+                if matches!(tables.walk(GFN).entry, Entry::Leaf(leaf) if leaf.size == PageSize::Size2M) {
+                    assert!(flushed.load(Ordering::Relaxed), "two sizes at one address");
+                }
+            }
+        })
+    };
+    let removed = tables.unlink(GFN, PageSize::Size4K.level(), |_| {
+        thread::yield_now();
+        flushed.store(true, Ordering::Relaxed);
+    });
+    mapper.join().expect("it does not panic");
+    assert!(removed.is_some_and(|removed| removed.table.is_some()));
 }
 
 /// A zap takes the frame away, from the whole or from its part, while it is split and written.
@@ -150,6 +176,11 @@ fn a_removal_loses_no_install() {
 }
 
 #[test]
+fn a_removal_breaks_first() {
+    check(unlink_and_map_large);
+}
+
+#[test]
 fn a_zap_follows_a_split() {
     check(zap_split_and_write::<Npt<4>>);
     check(zap_split_and_write::<Vmsa<40>>);
@@ -201,6 +232,11 @@ mod broken {
     #[test]
     fn a_removed_table_stays_frozen() {
         fails_without(Mutation::RemovedTableThaws, unlink_and_map);
+    }
+
+    #[test]
+    fn a_removal_breaks_first() {
+        fails_without(Mutation::UnlinkWithoutBreak, unlink_and_map_large);
     }
 
     #[test]

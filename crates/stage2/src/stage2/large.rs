@@ -8,11 +8,11 @@
 
 use afterimage_mmu::{Flush, Gfn, GfnRange, Level, Memslot, PageSize, Turn, ZapWalk, Zapped};
 
-use super::{Host, LargeExecute, Stage2};
-use crate::format::{Entry, Execute, Format};
+use super::{Host, Stage2};
+use crate::format::{Entry, Format};
 use crate::leaves::Step;
 use crate::memory::TableCache;
-use crate::mutation::{self, Mutation};
+use crate::mutation::Mutation;
 use crate::tables::{MapError, Split};
 
 /// Why a splitting walk stopped.
@@ -101,14 +101,6 @@ impl<F: Format, H: Host> Stage2<F, H> {
         Ok(())
     }
 
-    /// What a large leaf allows of fetching, at most.
-    fn most_executable(&self) -> Execute {
-        match self.large.execute {
-            LargeExecute::Never if !mutation::active(Mutation::RecoveredExecutable) => Execute::Never,
-            LargeExecute::Never | LargeExecute::Allowed => Execute::Always,
-        }
-    }
-
     pub(super) fn collapse_each(&self, slot: &Memslot, gfns: GfnRange, walk: &mut ZapWalk<'_, Self>) {
         for size in [PageSize::Size2M, PageSize::Size1G] {
             let mut left = gfns;
@@ -128,7 +120,7 @@ impl<F: Format, H: Host> Stage2<F, H> {
         let (walking, mut steps) = walk.parts();
         let Some(tables) = self.tables(slot.space, walking) else { return Turn::GoOn };
         let Some(below) = Level::new(size.level().number() - 1) else { return Turn::GoOn };
-        let most = self.most_executable();
+        let most = self.most_executable(Mutation::RecoveredExecutable);
         while steps.room() > 0
             && let Some(gfns) = tables.next_table(*left, below)
         {

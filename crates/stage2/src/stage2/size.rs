@@ -10,15 +10,14 @@
 //! | the slot logs writes: 4 KiB | the slot |
 //! | the page is that large, and aligned as the guest frame is | the page |
 //! | all frames of the block are private, or all are shared | the host |
-//! | a fetch, where large pages are never executable: 4 KiB | the policy |
+//!
+//! What is fetched from where large pages are never executable is mapped singly for that reason alone (`nx.rs`).
 //!
 //! Source: Linux `kvm_mmu_hugepage_adjust`, `kvm_max_level_for_fault_and_order`.
 
-use afterimage_mmu::{
-    Access, FRAME_BYTES, Fault, Fresh, Gfn, GfnRange, Memslot, PageRef, PageSize, SlotFlags,
-};
+use afterimage_mmu::{FRAME_BYTES, Fault, Fresh, Gfn, GfnRange, Memslot, PageRef, PageSize, SlotFlags};
 
-use super::{Host, LargeExecute, Stage2};
+use super::{Host, Stage2};
 use crate::format::Format;
 use crate::mutation::{self, Mutation};
 
@@ -47,11 +46,10 @@ impl<F: Format, H: Host> Stage2<F, H> {
             .map_or(GfnRange::frame(gfn), |size| gfn.block(size))
     }
 
-    /// What is installed for `fault`, which `page` answers.
+    /// The largest leaf that can be installed for `fault`, which `page` answers.
     pub(super) fn size(&self, slot: &Memslot, fault: &Fault, page: &H::Page, fresh: &Fresh<'_>) -> PageSize {
         let gfn = fault.gfn;
-        let fetches = self.large.execute == LargeExecute::Never && fault.access.contains(Access::EXEC);
-        if self.large.largest == PageSize::Size4K || fetches {
+        if self.large.largest == PageSize::Size4K {
             return PageSize::Size4K;
         }
         LARGE

@@ -12,12 +12,21 @@
 //!
 //! Source: Linux `tdp_mmu_zap_leafs`, `tdp_mmu_zap_root`, `wrprot_gfn_range`.
 
-use afterimage_mmu::{GfnRange, Level, Memslot, Pfn, Retired, Steps, Turn, Zap, ZapWalk, Zapped};
+use afterimage_mmu::{Flush, GfnRange, Level, Memslot, Pfn, Retired, Steps, Turn, Zap, ZapWalk, Zapped};
 
 use super::{Host, Stage2};
 use crate::format::{Format, Writable};
 use crate::leaves::{Change, LeafEntry, Step};
 use crate::mutation::{self, Mutation};
+
+/// Whether somebody may install translations while tables go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Faults {
+    /// All are refused, until the walk has flushed.
+    Excluded,
+    /// What goes is to be forgotten before anything takes its place, where the format demands it.
+    GoOn,
+}
 
 impl<F: Format, H: Host> Stage2<F, H> {
     pub(super) fn zap_leaves(&self, slot: &Memslot, gfns: GfnRange, zap: Zap, walk: &mut ZapWalk<'_, Self>) {
@@ -102,11 +111,19 @@ impl<F: Format, H: Host> Stage2<F, H> {
         Turn::GoOn
     }
 
-    /// Unlinks every table within the slot. What an install links meanwhile stays, until the next time.
-    pub(super) fn zap_tables(&self, slot: &Memslot, walk: &mut ZapWalk<'_, Self>) {
-        for level in (1..F::ROOT_LEVEL.number()).filter_map(Level::new) {
-            let mut left = slot.gfns();
-            while self.unlink_some(slot, &mut left, level, walk) == Turn::GiveWay {
+    /// Unlinks every table of a level below `top` within `gfns` of the slot. What an install links meanwhile stays, until the
+    /// next time.
+    pub(super) fn zap_tables(
+        &self,
+        slot: &Memslot,
+        gfns: GfnRange,
+        top: Level,
+        faults: Faults,
+        walk: &mut ZapWalk<'_, Self>,
+    ) {
+        for level in (1..top.number()).filter_map(Level::new) {
+            let mut left = gfns;
+            while self.unlink_some(slot, &mut left, level, faults, walk) == Turn::GiveWay {
                 walk.give_way();
             }
         }
@@ -117,6 +134,7 @@ impl<F: Format, H: Host> Stage2<F, H> {
         slot: &Memslot,
         left: &mut GfnRange,
         level: Level,
+        faults: Faults,
         walk: &mut ZapWalk<'_, Self>,
     ) -> Turn {
         let (walking, mut steps) = walk.parts();
@@ -125,7 +143,11 @@ impl<F: Format, H: Host> Stage2<F, H> {
             && let Some(gfns) = tables.next_table(*left, level)
         {
             left.start = gfns.end;
-            let Some(removed) = tables.unlink(gfns.start, level) else { continue };
+            let flush = |gfns| match faults {
+                Faults::GoOn => steps.flush_now(Flush::with_tables(gfns)),
+                Faults::Excluded => {}
+            };
+            let Some(removed) = tables.unlink(gfns.start, level, flush) else { continue };
             if let Some(table) = removed.table {
                 self.retire(&mut steps, table, gfns);
             }

@@ -4,10 +4,14 @@
 //! is lost without a trace. If a table turns up below (an install has linked one meanwhile), the entries are given back
 //! as absent, and the one below has to go first.
 //!
+//! Where faults go on meanwhile, a large leaf may be installed where the table was. If the format demands
+//! [break-before-make](crate::Format::BREAK_BEFORE_MAKE), CPUs are made to forget the table's leaves before the entry is given up.
+//!
 //! Source: Linux `handle_removed_pt`, `tdp_mmu_zap_root`.
 
 use afterimage_mmu::{Gfn, GfnRange, Level, Pfn};
 
+use super::freeze::publish;
 use super::reach::Place;
 use super::{Tables, entry_block};
 use crate::format::{Entry, Format};
@@ -45,7 +49,9 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
 
     /// Unlinks the table of `level` around `gfn` with every leaf in it, unless tables lie below it. `None`: there is no such
     /// table.
-    pub fn unlink(&self, gfn: Gfn, level: Level) -> Option<Removed> {
+    ///
+    /// `flush` as for [`split`](Self::split); it has nothing to do where nobody installs anything before the caller flushes.
+    pub fn unlink(&self, gfn: Gfn, level: Level, flush: impl FnOnce(GfnRange)) -> Option<Removed> {
         let (place, below) = self.link_above(gfn, level)?;
         let table = below?;
         let child = place.child?;
@@ -60,17 +66,26 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
         });
         let gfns = entry_block(gfn, place.level);
         let nothing = |_| F::ABSENT;
+        let breaks = F::BREAK_BEFORE_MAKE && !mutation::active(Mutation::UnlinkWithoutBreak);
         if let Err(stopped) = frozen {
+            if breaks && frames > 0 {
+                flush(gfns);
+            }
             child.thaw(stopped.at, nothing);
             return Some(Removed { gfns, frames, table: None });
         }
         if mutation::active(Mutation::RemovedTableThaws) {
             child.thaw(child.entries().len(), nothing);
         }
-        let unlinked =
-            place.entry.compare_exchange(place.raw, F::ABSENT, Ordering::AcqRel, Ordering::Acquire);
-        if unlinked.is_err() {
-            child.thaw(child.entries().len(), nothing);
+        let next = if breaks { F::FROZEN } else { F::ABSENT };
+        let unlinked = place.entry.compare_exchange(place.raw, next, Ordering::AcqRel, Ordering::Acquire);
+        match unlinked {
+            Ok(_) if breaks => {
+                flush(gfns);
+                publish(place.entry, F::ABSENT);
+            }
+            Ok(_) => {}
+            Err(_) => child.thaw(child.entries().len(), nothing),
         }
         Some(Removed { gfns, frames, table: unlinked.is_ok().then_some(table) })
     }

@@ -124,7 +124,7 @@ impl<F: Format> Ours<F> {
                 free(tables, removed.map(|removed| removed.table));
             }
             Op::Unlink { at } => {
-                let removed = tables.unlink(Gfn::new(at.gfn::<F>()), PageSize::Size4K.level());
+                let removed = tables.unlink(Gfn::new(at.gfn::<F>()), PageSize::Size4K.level(), |_| ());
                 free(tables, removed.map(|removed| removed.table));
             }
         }

@@ -91,7 +91,7 @@ pub(crate) fn run<F: Format>(mmu: &Mmu<F>, ram: &Arc<Ram>, frames: u64, mut seed
             }
             seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             let gfn = 512 + (seed >> 33) % frames;
-            let wanted = if seed >> 62 == 0 { Access::WRITE } else { Access::READ };
+            let wanted = [Access::WRITE, Access::EXEC, Access::READ, Access::READ][(seed >> 62) as usize];
             match access(&mut vcpu, &mut tlb, ram, gfn, wanted) {
                 Ok(_) => {
                     race.accesses.fetch_add(1, Ordering::Relaxed);

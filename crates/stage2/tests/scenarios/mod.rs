@@ -4,3 +4,4 @@ pub(crate) mod dirty;
 pub(crate) mod faults;
 pub(crate) mod frozen;
 pub(crate) mod large;
+pub(crate) mod nx;

@@ -226,7 +226,7 @@ pub(crate) fn forbidden<F: Format>(
 }
 
 /// What a vCPU's TLB holds: for the test, everything it ever saw, until it is told to flush.
-pub(crate) type Tlb = HashMap<u64, (Pfn, bool)>;
+pub(crate) type Tlb = HashMap<u64, (Pfn, Access)>;
 
 /// Serves what was requested of a vCPU: it forgets what it must, and nothing else.
 pub(crate) fn obey<F: Format>(vcpu: &Vcpu<'_, Stage2<F, Tests>>, tlb: &mut Tlb, requests: Requests) {
@@ -244,12 +244,11 @@ pub(crate) fn access<F: Format>(
     gfn: u64,
     access: Access,
 ) -> Result<Pfn, Found> {
-    let is_write = access.contains(Access::WRITE);
     let pfn = match tlb.get(&gfn) {
-        Some((pfn, writable)) if *writable || !is_write => *pfn,
+        Some((pfn, allowed)) if allowed.contains(access) => *pfn,
         _ => match look(vcpu.mmu(), vcpu, |tables| tables.translate(Gfn::new(gfn), access)) {
             Translation::Frame(pfn) => {
-                tlb.insert(gfn, (pfn, is_write));
+                tlb.insert(gfn, (pfn, access | Access::READ));
                 pfn
             }
             Translation::Fault(found) => return Err(found),
