@@ -251,10 +251,8 @@ impl<'a, S: SecondaryMmu> Path<'a, S> {
     {
         match primary.fault_in(slot, self.fault, since, Patience::NoWait) {
             Err(FaultInError::WouldWait) => {
-                if self.is_starved {
-                    // A turn is for who can be served at once.
-                    self.shared.claim.give_back();
-                }
+                // A turn is for who can be served at once.
+                self.shared.claim.give_back();
                 primary.fault_in(slot, self.fault, since, Patience::Interruptible)
             }
             other => other,

@@ -18,6 +18,7 @@ use crate::ranges::Coverage;
 use crate::slots::{Memslot, SlotError, SlotId, SlotSet, SlotState, SpaceId};
 use crate::stats::{FaultStats, InvalidationCounters, InvalidationStats};
 use crate::sync::{AtomicPtr, AtomicU32, CachePadded, Ordering, ParkWord, Shared};
+use crate::turns::Turns;
 use crate::vcpu_words::VcpuWords;
 use crate::zap::ZapWalk;
 
@@ -64,8 +65,8 @@ pub struct Policy {
     pub scope: SequenceScope,
     /// Which frames an active invalidation holds back.
     pub coverage: Coverage,
-    /// Retries of a frame after which its fault goes before the next invalidation that may block; `None`: never, KVM's way.
-    pub turn_after: Option<u32>,
+    /// When a fault that is retried goes before the next invalidation that may block; `None`: never, KVM's way.
+    pub turns: Option<Turns>,
     /// What a fault holds while it verifies and installs.
     pub witness: WitnessKind,
     /// Who pays for the order between a fault's announcements and those who look at them.
@@ -80,7 +81,7 @@ impl Default for Policy {
             yielding: YieldPolicy::OnContention,
             scope: SequenceScope::Global,
             coverage: Coverage::Hull,
-            turn_after: None,
+            turns: None,
             witness: WitnessKind::Lock,
             barrier: Barrier::Symmetric,
         }
@@ -185,7 +186,7 @@ impl<S: SecondaryMmu> GuestMmu<S> {
     /// A [`Retry`](crate::Retry) because the slot is changing has nothing to do with invalidations: this returns at once then,
     /// and the caller had better give the CPU away before it tries again.
     ///
-    /// With [`Policy::turn_after`] it also returns when an invalidation has ended whose end counts for the frames (see
+    /// With [`Policy::turns`] it also returns when an invalidation has ended whose end counts for the frames (see
     /// [`SequenceScope`]), though another covers them by then: in a stream of invalidations the fault comes back, is counted
     /// as retried once more, and has its turn in the end.
     ///
@@ -199,7 +200,7 @@ impl<S: SecondaryMmu> GuestMmu<S> {
                 self.ended.fetch_or(WAITERS, Ordering::AcqRel) | WAITERS
             };
             let comes_back =
-                self.policy.turn_after.is_some() && self.lock.invalidations().snapshot_of(range) != since;
+                self.policy.turns.is_some() && self.lock.invalidations().snapshot_of(range) != since;
             if comes_back || !self.lock.invalidations().covers(range) {
                 return;
             }

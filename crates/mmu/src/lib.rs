@@ -240,6 +240,7 @@ pub use ranges::Coverage;
 pub use slots::{MAX_SPACES, Memslot, SlotError, SlotFlags, SlotId, SlotSet, SlotState, SpaceId};
 pub use stats::{FaultStats, InvalidationStats};
 pub use sync::ParkWord;
+pub use turns::Turns;
 pub use vcpu::Vcpu;
 pub use vcpu_words::{Requests, VcpuWords};
 pub use zap::{Retired, Steps, Turn, Walk, ZapWalk, Zapped};

@@ -60,7 +60,7 @@ impl<S: SecondaryMmu> GuestMmu<S> {
         let touched = ranges().map(|(_, gfns)| gfns).reduce(GfnRange::hull);
         let mut tracks = Tracks::default();
         if touched.is_some() {
-            if self.policy().turn_after.is_some() && blocking == Blocking::Allowed {
+            if self.policy().turns.is_some() && blocking == Blocking::Allowed {
                 self.give_turns(|block| ranges().any(|(_, gfns)| gfns.overlaps(block)));
             }
             let mut guard = self.write_timed();

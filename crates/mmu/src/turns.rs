@@ -8,11 +8,17 @@
 //! # How
 //!
 //! A vCPU counts the retries of the frames that it faulted on last. When one has been retried
-//! [`Policy::turn_after`](crate::Policy) times, the vCPU claims the next turn in a word of its own. An invalidation that may
+//! [`Turns::after`] times, the vCPU claims the next turn in a word of its own. An invalidation that may
 //! block looks for claims on its frames before it begins, and lets each go first, if it can: if an active invalidation
 //! covers the claimed frames, no turn is of use, and nobody waits. The claim is given back when the access was made: a
 //! vCPU that enters the guest gives it back when it leaves it for the first time after the fault was served, one that never
 //! does (who serves others' faults) at once.
+//!
+//! # How long
+//!
+//! One access for each invalidation is hardly more than standing still: its next one faults again, and waits out the next
+//! invalidation. With [`Turns::at_most_ns`] a vCPU that enters the guest keeps its turn for as long as its fault was held up, and no longer than
+//! that: the stream and the vCPU share the time. It is over early when a fault of the vCPU has to wait for anything.
 //!
 //! # What it must not do
 //!
@@ -25,6 +31,16 @@ use crate::addr::Gfn;
 use crate::intent::IntentWord;
 use crate::platform::Platform;
 use crate::slots::SpaceId;
+
+/// When a fault goes before the next invalidation of its frames, and how long its vCPU may keep that off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Turns {
+    /// Retries of a frame after which a turn is claimed for its fault.
+    pub after: u32,
+    /// Time for which a vCPU keeps its turn at most, in nanoseconds; 0: for the one access. More than some hundred microseconds
+    /// are never waited for.
+    pub at_most_ns: u64,
+}
 
 /// Looks at a claim before it is taken away: a few hundred microseconds where [`Platform::relax`] takes some tens of
 /// nanoseconds.
@@ -51,6 +67,8 @@ struct Retried {
     space: SpaceId,
     gfn: Gfn,
     times: u32,
+    /// The first time.
+    since_ns: u64,
 }
 
 impl Retries {
@@ -64,9 +82,11 @@ impl Retries {
         self.find(space, gfn).and_then(|frame| *frame).map_or(0, |frame| frame.times)
     }
 
-    /// It was retried once more.
-    pub(crate) fn retried(&mut self, space: SpaceId, gfn: Gfn) {
-        let times = self.of(space, gfn).saturating_add(1);
+    /// It was retried once more, now.
+    pub(crate) fn retried(&mut self, space: SpaceId, gfn: Gfn, now_ns: u64) {
+        let before = self.find(space, gfn).and_then(|frame| *frame);
+        let times = before.map_or(0, |frame| frame.times).saturating_add(1);
+        let since_ns = before.map_or(now_ns, |frame| frame.since_ns);
         let place = match self.find(space, gfn) {
             Some(place) => place,
             None => {
@@ -75,12 +95,12 @@ impl Retries {
                 &mut self.frames[place]
             }
         };
-        *place = Some(Retried { space, gfn, times });
+        *place = Some(Retried { space, gfn, times, since_ns });
     }
 
-    /// It was served, or given up. Whether it had been retried.
-    pub(crate) fn done(&mut self, space: SpaceId, gfn: Gfn) -> bool {
-        self.find(space, gfn).is_some_and(|place| place.take().is_some())
+    /// It was served, or given up. If it had been retried: since when.
+    pub(crate) fn done(&mut self, space: SpaceId, gfn: Gfn) -> Option<u64> {
+        self.find(space, gfn)?.take().map(|frame| frame.since_ns)
     }
 }
 
@@ -108,17 +128,17 @@ mod tests {
     fn retries_are_counted_for_the_last_few_frames() {
         let mut retries = Retries::default();
         let space = SpaceId(0);
-        for _ in 0..3 {
+        for now_ns in 7..10 {
             for gfn in 0..4 {
-                retries.retried(space, Gfn::new(gfn));
+                retries.retried(space, Gfn::new(gfn), now_ns);
             }
         }
         assert_eq!([0, 1, 2, 3].map(|gfn| retries.of(space, Gfn::new(gfn))), [3; 4]);
         assert_eq!(retries.of(SpaceId(1), Gfn::new(0)), 0, "another frame");
-        assert!(retries.done(space, Gfn::new(2)));
-        assert!(!retries.done(space, Gfn::new(2)));
+        assert_eq!(retries.done(space, Gfn::new(2)), Some(7), "since the first of them");
+        assert_eq!(retries.done(space, Gfn::new(2)), None);
         assert_eq!(retries.of(space, Gfn::new(2)), 0);
-        retries.retried(space, Gfn::new(9));
+        retries.retried(space, Gfn::new(9), 10);
         assert_eq!(retries.of(space, Gfn::new(9)), 1, "in the place of the oldest");
     }
 }

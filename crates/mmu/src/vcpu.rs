@@ -12,8 +12,9 @@ use crate::guest_mmu::{GuestMmu, WitnessKind};
 use crate::host::{Fault, PrimaryMmu, SecondaryMmu};
 use crate::intent::{Intent, Walker};
 use crate::outcome::{FaultOutcome, FaultResult, Retry, RetryPoint};
+use crate::platform::Platform as _;
 use crate::slots::SpaceId;
-use crate::turns::Retries;
+use crate::turns::{Retries, Turns};
 use crate::vcpu_words::{Requests, VcpuShared};
 
 /// One who raises faults: a vCPU, or a thread that serves the faults of several. One fault at a time.
@@ -27,8 +28,8 @@ pub struct Vcpu<'m, S: SecondaryMmu> {
     retries: Retries,
     /// Whether it ever enters the guest.
     enters: Cell<bool>,
-    /// It claims a turn that it has had: the access is made in its next stay in the guest.
-    served: Cell<bool>,
+    /// It claims a turn that it has had: the access is made in its next stay in the guest. Keeps it until this time, if it was not 0.
+    served: Cell<Option<u64>>,
 }
 
 impl<S: SecondaryMmu> fmt::Debug for Vcpu<'_, S> {
@@ -49,7 +50,7 @@ impl<S: SecondaryMmu> GuestMmu<S> {
             ring: None,
             retries: Retries::default(),
             enters: Cell::new(false),
-            served: Cell::new(false),
+            served: Cell::new(None),
         }
     }
 }
@@ -57,6 +58,7 @@ impl<S: SecondaryMmu> GuestMmu<S> {
 impl<S: SecondaryMmu> Drop for Vcpu<'_, S> {
     fn drop(&mut self) {
         self.shared.leave_guest::<S::Platform>();
+        self.end_turn();
         if let Some(ring) = &self.ring {
             ring.abandon();
         }
@@ -128,8 +130,8 @@ impl<'m, S: SecondaryMmu> Vcpu<'m, S> {
     /// Leaves guest mode and hands out what was requested meanwhile.
     pub fn leave_guest(&self) -> Requests {
         self.shared.leave_guest::<S::Platform>();
-        if self.served.take() {
-            self.shared.claim.give_back();
+        if self.served.get().is_some_and(|until_ns| until_ns == 0 || S::Platform::now_ns() >= until_ns) {
+            self.end_turn();
         }
         self.shared.take_requests()
     }
@@ -147,32 +149,44 @@ impl<'m, S: SecondaryMmu> Vcpu<'m, S> {
     {
         self.section = self.section.wrapping_add(1);
         let section = self.mmu.enter(&self.shared.reader, self.section);
-        let turn_after = self.mmu.policy.turn_after;
-        let is_starved = turn_after.is_some_and(|times| self.retries.of(fault.space, fault.gfn) >= times);
+        let turns = self.mmu.policy.turns;
+        let is_starved = turns.is_some_and(|turns| self.retries.of(fault.space, fault.gfn) >= turns.after);
         let ring = self.ring.as_deref();
         let path = Path { mmu: self.mmu, shared: &self.shared, fault, ring, is_starved };
         let result = path.walk(primary, section.slots(), &mut self.near, &mut self.cache);
         drop(section);
         self.shared.counters.count(&result);
-        if turn_after.is_some() {
-            self.count_retries(fault, &result);
+        if let Some(turns) = turns {
+            self.count_retries(turns, fault, &result);
         }
         result
     }
 
+    /// Lets invalidations go on that wait for this vCPU's turn to be over.
+    fn end_turn(&self) {
+        self.served.set(None);
+        self.shared.claim.give_back();
+    }
+
     /// For a turn: how often this frame was held back, and whether its claim has done its service.
-    fn count_retries<E>(&mut self, fault: &Fault, result: &Result<FaultOutcome, E>) {
+    fn count_retries<E>(&mut self, turns: Turns, fault: &Fault, result: &Result<FaultOutcome, E>) {
         use RetryPoint::{AfterFaultIn, BeforeFaultIn, UnderLock};
         match result {
             Ok(FaultOutcome::Retry(Retry { point: BeforeFaultIn | AfterFaultIn | UnderLock, .. })) => {
-                self.retries.retried(fault.space, fault.gfn);
+                if self.served.get().is_some() {
+                    // It is to wait: nobody is to wait for it meanwhile.
+                    self.end_turn();
+                }
+                self.retries.retried(fault.space, fault.gfn, S::Platform::now_ns());
             }
             _ => {
-                let was_retried = self.retries.done(fault.space, fault.gfn);
-                if was_retried && self.enters.get() {
-                    self.served.set(true);
-                } else if was_retried {
-                    self.shared.claim.give_back();
+                let Some(since_ns) = self.retries.done(fault.space, fault.gfn) else { return };
+                if self.enters.get() && self.shared.claim.announced().is_some() {
+                    let now_ns = S::Platform::now_ns();
+                    let slice_ns = now_ns.saturating_sub(since_ns).min(turns.at_most_ns);
+                    self.served.set(Some(if slice_ns == 0 { 0 } else { now_ns + slice_ns }));
+                } else {
+                    self.end_turn();
                 }
             }
         }

@@ -125,6 +125,9 @@ tests! {
         inside_an_invalidation_nobody_is_let_go_first,
         a_page_that_needs_io_has_no_turn,
         who_parks_comes_back_at_each_end,
+        a_turn_is_kept_for_as_long_as_the_fault_was_held_up,
+        a_turn_is_kept_no_longer_than_the_policy_says,
+        who_waits_keeps_no_turn,
     }
     waiting {
         without_an_invalidation_nobody_waits,

@@ -4,12 +4,15 @@ use core::fmt;
 use core::str::FromStr;
 
 use afterimage_mmu::{
-    Barrier, Coverage as ActiveCoverage, Policy, Precheck as Checks, SequenceScope, WitnessKind, YieldPolicy,
+    Barrier, Coverage as ActiveCoverage, Policy, Precheck as Checks, SequenceScope, Turns as EngineTurns,
+    WitnessKind, YieldPolicy,
 };
 use serde::{Serialize, Serializer};
 
 /// Retries after which a fault is starved.
 const STARVED: u32 = 2;
+/// A vCPU's share of a stream of invalidations, in nanoseconds.
+const SLICE_NS: u64 = 100_000;
 
 /// A word that is none of the choices.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -137,8 +140,10 @@ choices! {
     Turns, "way to take turns" {
         /// It does not: Linux.
         Never = "never",
-        /// After two retries.
+        /// After two retries, for the one access.
         Starved = "starved",
+        /// After one retry, for as long as it was held up, and a hundred microseconds at most.
+        Slice = "slice",
     }
 }
 
@@ -203,7 +208,7 @@ impl Policies {
         yielding: Yielding::Never,
         sequence: Sequence::Region,
         coverage: Coverage::Exact,
-        turns: Turns::Starved,
+        turns: Turns::Slice,
         witness: Witness::Lock,
         after_retry: AfterRetry::Park,
     };
@@ -248,9 +253,10 @@ impl Policies {
                 Coverage::Hull => ActiveCoverage::Hull,
                 Coverage::Exact => ActiveCoverage::Exact,
             },
-            turn_after: match self.turns {
+            turns: match self.turns {
                 Turns::Never => None,
-                Turns::Starved => Some(STARVED),
+                Turns::Starved => Some(EngineTurns { after: STARVED, at_most_ns: 0 }),
+                Turns::Slice => Some(EngineTurns { after: 1, at_most_ns: SLICE_NS }),
             },
             witness: match self.witness {
                 Witness::Lock => WitnessKind::Lock,

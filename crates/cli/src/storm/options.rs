@@ -42,7 +42,7 @@ pub(crate) struct StormArgs {
     /// Which frames an active invalidation holds back: hull (of all that are active), exact
     #[arg(long, value_delimiter = ',')]
     coverage: Vec<Coverage>,
-    /// Whether a fault that is retried too often goes before the next invalidation: never, starved
+    /// Whether a fault that is retried too often goes before the next invalidation: never, starved, slice
     #[arg(long, value_delimiter = ',')]
     turns: Vec<Turns>,
     /// What keeps a verdict true until the install is done: lock, intent

@@ -29,7 +29,7 @@ const fn policy(precheck: Precheck, witness: WitnessKind) -> Policy {
         yielding: YieldPolicy::OnContention,
         scope: SequenceScope::Global,
         coverage: Coverage::Hull,
-        turn_after: None,
+        turns: None,
     }
 }
 

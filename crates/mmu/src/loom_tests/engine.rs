@@ -15,6 +15,7 @@ use crate::mutation::Mutation;
 use crate::outcome::FaultOutcome;
 use crate::platform::model::Loom;
 use crate::slots::{Memslot, SlotId, SpaceId};
+use crate::turns::Turns;
 use crate::zap::{Walk, ZapWalk, Zapped};
 
 const FRAME: Gfn = Gfn::new(4);
@@ -138,7 +139,11 @@ fn an_intent_against_an_invalidation() {
 
 /// Turns are fairness: with them nothing hangs, and nothing is stale.
 fn a_turn_against_invalidations() {
-    let policy = Policy { precheck: Precheck::empty(), turn_after: Some(0), ..Policy::default() };
+    let policy = Policy {
+        precheck: Precheck::empty(),
+        turns: Some(Turns { after: 0, at_most_ns: 0 }),
+        ..Policy::default()
+    };
     a_fault_and_an_invalidation(Machine::with(policy));
 }
 

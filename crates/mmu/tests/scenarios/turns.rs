@@ -3,31 +3,49 @@
 //! One thread plays both: what a vCPU does while an invalidation lets it go first runs when the invalidation spins.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use afterimage_mmu::{Access, Blocking, FaultInError, FaultOutcome, Policy, RetryPoint, Zap};
+use afterimage_mmu::{Access, Blocking, FaultInError, FaultOutcome, Policy, RetryPoint, Turns, Zap};
 
 use crate::support::frames::Frames;
 use crate::support::gate::{Finished, Parks};
 use crate::support::hooks::Point;
 use crate::support::machine::{Guest, Machine, both};
-use crate::support::platform::{never_spun, tell_when_parked, when_spinning};
+use crate::support::platform::{let_pass, never_spun, tell_when_parked, when_spinning};
 use crate::support::table::Entry;
 
 const AFTER: u32 = 2;
+const HOUR: Duration = Duration::from_secs(3600);
 
 fn machine() -> &'static Machine {
-    Box::leak(Box::new(Machine::new(Policy { turn_after: Some(AFTER), ..both() })))
+    machine_with(0)
+}
+
+fn machine_with(at_most_ns: u64) -> &'static Machine {
+    Box::leak(Box::new(Machine::new(Policy { turns: Some(Turns { after: AFTER, at_most_ns }), ..both() })))
 }
 
 /// A vCPU that was retried so often that it claims a turn for frame 3.
 fn starved(machine: &'static Machine) -> Guest<'static> {
+    starved_for(machine, Duration::ZERO)
+}
+
+/// The same, after so much time.
+fn starved_for(machine: &'static Machine, time: Duration) -> Guest<'static> {
     let mut guest = machine.guest();
     let invalidation = machine.invalidate(3, 4);
-    for _ in 0..=AFTER {
+    for _ in 0..AFTER {
         assert_eq!(guest.retry_point(3), RetryPoint::BeforeFaultIn);
     }
+    let_pass(time);
+    assert_eq!(guest.retry_point(3), RetryPoint::BeforeFaultIn);
     drop(invalidation);
     guest
+}
+
+/// A vCPU that goes away gives its turn back: this one does not.
+fn stays(guest: Guest<'static>) {
+    core::mem::forget(guest);
 }
 
 pub(crate) fn the_starved_goes_before_the_next_invalidation() {
@@ -36,6 +54,7 @@ pub(crate) fn the_starved_goes_before_the_next_invalidation() {
     when_spinning(move || {
         assert_eq!(guest.fault(3, Access::READ), Ok(FaultOutcome::Fixed));
         assert!(matches!(machine.entry(3), Entry::Leaf { .. }));
+        stays(guest);
     });
     let invalidation = machine.invalidate(0, 8);
     assert!(!never_spun(), "nobody was let go first");
@@ -58,6 +77,7 @@ pub(crate) fn a_turn_lasts_until_the_guest_has_made_its_access() {
         assert_eq!(guest.fault(3, Access::READ), Ok(FaultOutcome::Fixed));
         when_spinning(move || {
             guest.read(3, 3);
+            stays(guest);
         });
     });
     drop(machine.invalidate(3, 4));
@@ -127,4 +147,56 @@ pub(crate) fn a_page_that_needs_io_has_no_turn() {
         assert!(never_spun());
     });
     assert!(matches!(guest.fault(3, Access::READ), Ok(FaultOutcome::Retry(_))));
+}
+
+/// One access for each invalidation of a stream is not much.
+pub(crate) fn a_turn_is_kept_for_as_long_as_the_fault_was_held_up() {
+    let machine = machine_with(HOUR.as_nanos() as u64);
+    let mut guest = starved_for(machine, HOUR / 2);
+    when_spinning(move || {
+        guest.read(3, 3);
+        let_pass(HOUR / 3);
+        when_spinning(move || {
+            guest.read(4, 4);
+            when_spinning(move || {
+                let_pass(HOUR / 3);
+                guest.read(5, 5);
+                stays(guest);
+                when_spinning(|| panic!("it was held up for half an hour, and had forty minutes"));
+            });
+        });
+    });
+    drop(machine.invalidate(0, 8));
+    assert!(never_spun());
+    assert_eq!(machine.mmu.invalidation_stats().turns, 1);
+    assert_eq!(machine.mmu.fault_stats().fixed, 3, "three accesses went first");
+}
+
+pub(crate) fn a_turn_is_kept_no_longer_than_the_policy_says() {
+    let machine = machine_with((HOUR / 4).as_nanos() as u64);
+    let mut guest = starved_for(machine, HOUR);
+    when_spinning(move || {
+        guest.read(3, 3);
+        when_spinning(move || {
+            let_pass(HOUR / 3);
+            guest.read(4, 4);
+            stays(guest);
+            when_spinning(|| panic!("it had a quarter of an hour"));
+        });
+    });
+    drop(machine.invalidate(0, 8));
+    assert!(never_spun());
+    assert_eq!(machine.mmu.invalidation_stats().turns, 1);
+}
+
+pub(crate) fn who_waits_keeps_no_turn() {
+    let machine = machine_with(HOUR.as_nanos() as u64);
+    let mut guest = starved_for(machine, HOUR / 2);
+    guest.read(3, 3);
+    let elsewhere = machine.mmu.invalidate(Frames::hvas(40, 41), Zap::Unmap, Blocking::Forbidden);
+    assert_eq!(guest.retry_point(40), RetryPoint::BeforeFaultIn);
+    when_spinning(|| panic!("who has the turn waits itself"));
+    drop(machine.invalidate(3, 4));
+    assert!(never_spun());
+    drop(elsewhere);
 }

@@ -99,7 +99,7 @@ pub(crate) fn both() -> Policy {
         yielding: YieldPolicy::Never,
         scope: SequenceScope::Global,
         coverage: Coverage::Hull,
-        turn_after: None,
+        turns: None,
         witness: WITNESS.get(),
         barrier: Barrier::Symmetric,
     }

@@ -3,7 +3,7 @@
 use core::cell::{Cell, RefCell};
 use core::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use afterimage_mmu::{ParkWord, Platform};
 
@@ -24,6 +24,7 @@ thread_local! {
     static RESCHED: Cell<bool> = const { Cell::new(false) };
     static RESCHEDULE: RefCell<Option<Box<dyn FnMut()>>> = const { RefCell::new(None) };
     static RELAX: RefCell<Option<Box<dyn FnOnce()>>> = const { RefCell::new(None) };
+    static AHEAD_NS: Cell<u64> = const { Cell::new(0) };
     static PARKS: RefCell<Option<Arc<Parks>>> = const { RefCell::new(None) };
 }
 
@@ -47,6 +48,11 @@ pub(crate) fn when_spinning(meanwhile: impl FnOnce() + 'static) {
 /// Forgets what was to run when this thread spins; whether it still was.
 pub(crate) fn never_spun() -> bool {
     RELAX.take().is_some()
+}
+
+/// So much time passes for this thread.
+pub(crate) fn let_pass(time: Duration) {
+    AHEAD_NS.set(AHEAD_NS.get() + time.as_nanos() as u64);
 }
 
 /// `parks` counts from here on how often this thread parks.
@@ -96,6 +102,6 @@ impl Platform for Threads {
 
     fn now_ns() -> u64 {
         static START: OnceLock<Instant> = OnceLock::new();
-        START.get_or_init(Instant::now).elapsed().as_nanos() as u64
+        START.get_or_init(Instant::now).elapsed().as_nanos() as u64 + AHEAD_NS.get()
     }
 }
