@@ -187,14 +187,16 @@ fn rules_of_tables_show_on_software() {
 fn rules_of_the_dirty_log_show_on_software() {
     let _alone = alone();
     // Any other flush would make up for one that is left out, and without a page that goes no mark is lost.
-    for (rule, format, invalidate) in [
-        ("fast-fault-unlogged", "npt", "dirty,migrate"),
-        ("fast-fault-unlogged", "sv48x4", "dirty,migrate"),
-        ("protect-without-flush", "npt", "dirty"),
-        ("zap-loses-dirty", "npt", "dirty,migrate"),
+    for (rule, format, dirty, invalidate) in [
+        ("fast-fault-unlogged", "npt", "bitmap", "dirty,migrate"),
+        ("fast-fault-unlogged", "npt", "ring", "dirty,migrate"),
+        ("fast-fault-unlogged", "sv48x4", "bitmap", "dirty,migrate"),
+        ("protect-without-flush", "npt", "bitmap", "dirty"),
+        ("ring-reset-unprotected", "npt", "ring", "dirty"),
+        ("zap-loses-dirty", "npt", "bitmap", "dirty,migrate"),
     ] {
-        let options: Vec<_> =
-            SOFT.iter().chain(&["--invalidate", invalidate, "--format", format]).copied().collect();
+        let chosen = ["--invalidate", invalidate, "--format", format, "--dirty", dirty];
+        let options: Vec<_> = SOFT.iter().chain(&chosen).copied().collect();
         until_noticed(rule, &options, Noticed::WrongPageOrFailure);
     }
 }

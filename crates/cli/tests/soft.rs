@@ -96,6 +96,22 @@ fn large_pages_are_split_and_recovered() {
 }
 
 #[test]
+fn writes_are_logged_in_rings() {
+    let _alone = alone();
+    let mut full = 0;
+    for (format, witness) in FORMATS.into_iter().zip(["lock", "intent"].into_iter().cycle()) {
+        let memory = ["--memory", "4m", "--resident", "2m", "--dirty", "ring"];
+        let chosen = ["--format", format, "--witness", witness, "--invalidate", ALL];
+        let options: Vec<_> = memory.into_iter().chain(chosen).collect();
+        let run = good(&options, json!({ "format": format, "dirty": "ring" }));
+        assert!(run.number("/dirty_log/epochs") > 0, "it was compared: {:#}", run.json);
+        assert!(run.number("/dirty_log/frames") > 0, "{:#}", run.json);
+        full += run.number("/faults/ring_full");
+    }
+    assert!(full > 0, "in none of the runs was a ring full");
+}
+
+#[test]
 fn faults_are_parked_or_let_go() {
     let _alone = alone();
     for after_retry in ["park", "refault"] {
@@ -148,5 +164,6 @@ fn options_of_other_guests_are_refused() {
         "--invalidate migrate is only for --guest soft",
     );
     refused(&["--guest", "soft", "--invalidate", "split"], "--invalidate split is for large pages");
+    refused(&["--guest", "soft", "--dirty", "ring"], "--invalidate dirty");
     refused(&["--invalidate", "evict,age"], "--invalidate age is only for --guest soft");
 }

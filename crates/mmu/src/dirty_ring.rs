@@ -21,6 +21,7 @@ use core::fmt;
 use crate::addr::{Gfn, GfnRange};
 use crate::guest_mmu::GuestMmu;
 use crate::host::{Blocking, SecondaryMmu, Zap};
+use crate::mutation::{self, Mutation};
 use crate::slots::{SlotFlags, SlotId, SpaceId};
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 use crate::zap::ZapWalk;
@@ -167,6 +168,17 @@ impl Entry {
 }
 
 impl<S: SecondaryMmu> GuestMmu<S> {
+    /// Hands out what every vCPU has pushed and nobody has collected yet, ring by ring, while the vCPUs may run.
+    ///
+    /// The memory is to be read after [`reset_dirty_rings`](Self::reset_dirty_rings).
+    pub fn collect_dirty_rings(&self, mut frame: impl FnMut(DirtyFrame)) {
+        // One who collects at a time.
+        let _update = self.updates.write();
+        for ring in self.rings.read().iter() {
+            ring.collect(&mut frame);
+        }
+    }
+
     /// Empties the collected entries of every vCPU's ring, has the next write to each frame noticed, and flushes. How many
     /// there were.
     pub fn reset_dirty_rings(&self) -> u64 {
@@ -180,6 +192,7 @@ impl<S: SecondaryMmu> GuestMmu<S> {
                 if let Ok(slot) = set.get(frame.space, frame.slot)
                     && slot.flags.contains(SlotFlags::LOG_DIRTY)
                     && slot.gfns().contains(frame.gfn)
+                    && !mutation::active(Mutation::RingResetUnprotected)
                 {
                     self.secondary().zap(&slot, GfnRange::frame(frame.gfn), Zap::TrackDirty, &mut walk);
                 }

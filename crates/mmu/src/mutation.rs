@@ -119,6 +119,8 @@ pub enum Mutation {
     FlushWidenedRelaxed,
     /// A round of the dirty log protects frames before it takes their bits.
     ProtectBeforeTake,
+    /// A reset of the dirty rings does not have the next write to a frame noticed.
+    RingResetUnprotected,
     /// A fault sets the bit of the dirty log before it makes the entry writable.
     MarkBeforeInstall,
     /// The fast path makes an entry writable and says nothing to the dirty log.

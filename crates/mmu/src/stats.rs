@@ -1,6 +1,8 @@
 //! Counters: each vCPU counts its own faults on its own cache line; invalidators share theirs.
 
-use crate::outcome::{FaultOutcome, RetryPoint};
+use core::fmt;
+
+use crate::outcome::{FaultError, FaultOutcome, RetryPoint};
 use crate::sync::{AtomicU64, Ordering};
 
 /// A counter that only its owner changes, and anyone may read.
@@ -78,7 +80,9 @@ fault_counters! {
     emulated,
     /// The frame is write-tracked.
     write_protected,
-    /// Faults that ended in an error, poison included.
+    /// Writes that had to wait until the vCPU's dirty ring was reset.
+    ring_full,
+    /// Faults that ended in another error, poison included.
     failed,
     /// Poisoned pages installed.
     poisoned,
@@ -103,7 +107,11 @@ impl FaultStats {
 }
 
 impl FaultCounters {
-    pub(crate) fn count<E>(&self, result: &Result<FaultOutcome, E>) {
+    pub(crate) fn count<E, M>(&self, result: &Result<FaultOutcome, FaultError<E, M>>)
+    where
+        E: fmt::Debug + fmt::Display,
+        M: fmt::Debug + fmt::Display,
+    {
         self.taken.add(1);
         match result {
             Ok(FaultOutcome::Fixed) => self.fixed.add(1),
@@ -112,6 +120,7 @@ impl FaultCounters {
             Ok(FaultOutcome::Emulate(_)) => self.emulated.add(1),
             Ok(FaultOutcome::WriteProtected) => self.write_protected.add(1),
             Ok(FaultOutcome::Retry(retry)) => self.retries[retry.point as usize].add(1),
+            Err(FaultError::DirtyRingFull(_)) => self.ring_full.add(1),
             Err(_) => self.failed.add(1),
         }
     }

@@ -74,5 +74,6 @@ rules! {
     a_recovery_flushes: BeginWithoutFlush of engine is noticed by nx::recovered::<X86>;
     a_protection_is_flushed: ProtectWithoutFlush of tables is noticed by dirty::rounds_flush::<X86>;
     a_zap_keeps_marks: ZapLosesDirty of tables is noticed by dirty::written_and_gone::<X86>;
+    a_ring_is_reset_with_protection: RingResetUnprotected of engine is noticed by dirty::rings::<X86>;
     the_fast_path_is_logged: FastFaultUnlogged of engine is noticed by dirty::rounds::<X86>;
 }

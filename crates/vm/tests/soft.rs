@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use afterimage_mmu::{
     Blocking, FRAME_BYTES, Fault, FaultInError, Gfn, GuestMmu, Hva, HvaRange, Memslot, Notifier, PageRef,
-    PageSize, PageUse, Patience, Pfn, Policy, PrimaryMmu, SlotId, Snapshot, Spin, Zap,
+    PageSize, PageUse, Patience, Pfn, Policy, PrimaryMmu, SlotId, Snapshot, SpaceId, Spin, Zap,
 };
 use afterimage_stage2::{Ept, Host, Npt, Stage2, Sv39x4, Sv48x4, Vmsa};
 use afterimage_vm::{
@@ -145,6 +145,15 @@ struct Running<F: Hardware> {
 }
 
 fn start<F: Hardware>(vcpus: usize, workload: Workload, accesses: Option<u64>) -> Running<F> {
+    start_with(vcpus, workload, accesses, None)
+}
+
+fn start_with<F: Hardware>(
+    vcpus: usize,
+    workload: Workload,
+    accesses: Option<u64>,
+    ring_entries: Option<usize>,
+) -> Running<F> {
     let primary = Primary::new();
     let tables = TablePool::new(FRAMES).expect("memory");
     let stage2 = Stage2::new(Tests, tables.clone(), 1, PageSize::Size4K).expect("room");
@@ -165,6 +174,7 @@ fn start<F: Hardware>(vcpus: usize, workload: Workload, accesses: Option<u64>) -
         ram: Physical(Arc::clone(&primary)),
         tables,
         after_retry: AfterRetry::Refault,
+        ring_entries,
     };
     let guest = Guest::start_soft(spec, machine, initial).expect("a guest");
     Running { primary, mmu, guest }
@@ -290,4 +300,36 @@ fn a_mapping_is_no_memory_for_it_nor_frames_for_others() {
     let soft = GuestSpec::new(GuestKind::Soft, memory, PageSize::Size4K);
     let refused = Guest::start(soft, initial).expect_err("it needs a machine");
     assert!(refused.to_string().contains("its machine"), "{refused}");
+}
+
+/// A vCPU whose ring is full waits, in the middle of an access, until somebody has collected and reset it; and can be stopped
+/// meanwhile.
+#[test]
+fn a_vcpu_waits_while_its_ring_is_full() {
+    fn check<F: Hardware>() {
+        let until_full = |mmu: &GuestMmu<Stage2<F, Tests>>, guest: &Guest, count| {
+            while mmu.fault_stats().ring_full < count {
+                assert!(!guest.has_ended(), "nobody has emptied it");
+                std::thread::yield_now();
+            }
+        };
+        let Running { mmu, guest, .. } = start_with::<F>(2, Workload::Scan, Some(ACCESSES), Some(4));
+        let still = guest.pause().expect("it is software");
+        mmu.set_dirty_logging(SpaceId(0), SlotId(0), true).expect("the slot exists");
+        drop(still);
+        let mut frames = 0;
+        for round in 1..=3 {
+            until_full(&mmu, &guest, round);
+            let still = guest.pause_while(|| {
+                mmu.collect_dirty_rings(|_| frames += 1);
+                mmu.reset_dirty_rings();
+            });
+            drop(still.expect("it is software"));
+        }
+        assert!(frames >= 3);
+        until_full(&mmu, &guest, mmu.fault_stats().ring_full + 1);
+        let report = guest.stop().expect("it stops");
+        assert_eq!((report.counters().wrong, report.failure()), (0, None), "{}: {report:#?}", F::NAME);
+    }
+    in_every_format!(check);
 }

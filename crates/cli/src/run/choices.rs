@@ -97,6 +97,15 @@ pub(crate) enum InvalidateChoice {
     None,
 }
 
+/// Where the writes of a software guest are logged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DirtyChoice {
+    /// A bit for each frame
+    Bitmap,
+    /// A ring for each vCPU, which stops when it is full until it is collected
+    Ring,
+}
+
 impl InvalidateChoice {
     /// Whether it needs tables of our own.
     pub(super) const fn needs_soft(self) -> bool {
@@ -198,6 +207,8 @@ pub(super) enum BreakChoice {
     SplitWithoutBreak,
     /// The fast path tells the dirty log nothing
     FastFaultUnlogged,
+    /// A reset of the dirty rings protects nothing
+    RingResetUnprotected,
     /// A write protection is not flushed
     ProtectWithoutFlush,
     /// A zapped page's dirty mark is lost
@@ -224,6 +235,7 @@ impl BreakChoice {
             Self::FreeAtOnce => tables::set(Some(TableRule::FreeAtOnce)),
             Self::SplitWithoutBreak => tables::set(Some(TableRule::SplitWithoutBreak)),
             Self::FastFaultUnlogged => protocol::set(Some(Rule::FastFaultUnlogged)),
+            Self::RingResetUnprotected => protocol::set(Some(Rule::RingResetUnprotected)),
             Self::ProtectWithoutFlush => tables::set(Some(TableRule::ProtectWithoutFlush)),
             Self::ZapLosesDirty => tables::set(Some(TableRule::ZapLosesDirty)),
         }

@@ -1,8 +1,9 @@
 //! The dirty log against what the guest has written: the two sets are to be equal.
 //!
-//! An epoch begins and ends with the guest standing still between two accesses. Within it the log is taken round by round
-//! while the guest runs, as a whole or looked at and cleared in halves. At its end every frame that was written must be in
-//! one of the rounds, and no other frame may be; but for the last epoch, in which a vCPU may end with the fault of a store served
+//! An epoch begins with the guest standing still between two accesses, and has several parts that end so. In a part the log
+//! is taken round by round while the guest runs, as a whole or looked at and cleared in halves; rings are collected and reset all the
+//! while. At its end every frame that was written in it must be in the log, and no other
+//! frame may be; but for the last one, in which a vCPU may end with the fault of a store served
 //! and the store not made. Epochs notice writes by protection and by the hardware's marks in turn.
 
 use std::sync::Arc;
@@ -17,9 +18,11 @@ use serde::Serialize;
 
 use super::machine::Engine;
 
-/// Rounds in an epoch, while the guest runs, and the time between two.
-const ROUNDS: u64 = 4;
+/// Parts of an epoch; rounds in a part, while the guest runs, and the time of one; how often rings are taken meanwhile.
+const PARTS: u32 = 2;
+const ROUNDS: u32 = 2;
 const ROUND_EVERY: Duration = Duration::from_millis(15);
+const RINGS_A_ROUND: u32 = 10;
 
 /// What was logged and compared.
 #[derive(Debug, Default)]
@@ -55,40 +58,84 @@ pub(super) fn log(
     counts: &DirtyCounts,
     go_on: impl Fn() -> bool,
 ) -> Result<()> {
-    let mut epoch = 0;
-    while go_on() {
-        start(engine, guest, if epoch % 2 == 0 { LogBy::Protection } else { LogBy::Marks })?;
-        let mut logged = Vec::new();
-        for round in 0..ROUNDS {
-            thread::sleep(ROUND_EVERY);
-            let taken = if round % 2 == 0 { engine.take_log()? } else { look_and_clear(engine)? };
-            counts.rounds.fetch_add(1, Ordering::Relaxed);
-            merge(&mut logged, &taken, counts);
+    let mut log = Log { engine, counts, words: Vec::new() };
+    for by in [LogBy::Protection, LogBy::Marks].into_iter().cycle() {
+        if !go_on() {
+            break;
         }
-        let still = guest.pause()?;
-        merge(&mut logged, &engine.take_log()?, counts);
-        let written = still.take_written();
+        log.start(guest, by)?;
+        for _ in 0..PARTS {
+            log.part(guest)?;
+        }
         engine.stop_log()?;
-        let others = if still.is_whole() { Others::None } else { Others::OfAnEnd };
-        drop(still);
-        compare(written.words(), &logged, others)?;
-        counts.epochs.fetch_add(1, Ordering::Relaxed);
-        epoch += 1;
     }
     Ok(())
 }
 
-/// Starts the log, by marks if there are any, with nothing written yet.
-fn start(engine: &Arc<dyn Engine>, guest: &GuestHandle, by: LogBy) -> Result<()> {
-    let still = guest.pause()?;
-    match engine.start_log(by) {
-        Err(SlotError::NoDirtyMarks(_)) => engine.start_log(LogBy::Protection)?,
-        started => started?,
+/// What was logged in a part of an epoch.
+struct Log<'e> {
+    engine: &'e Arc<dyn Engine>,
+    counts: &'e DirtyCounts,
+    words: Vec<u64>,
+}
+
+impl Log<'_> {
+    /// Starts the log, by marks if there are any, with nothing written yet.
+    fn start(&mut self, guest: &GuestHandle, by: LogBy) -> Result<()> {
+        let still = guest.pause()?;
+        match self.engine.start_log(by) {
+            Err(SlotError::NoDirtyMarks(_)) => self.engine.start_log(LogBy::Protection)?,
+            started => started?,
+        }
+        // What was written before, and zapped by someone else while the log started, may be in it; so may what was written
+        // between the end of a part and the end of its epoch.
+        self.words = vec![0; self.engine.take_log()?.len()];
+        self.take_rings();
+        self.words.fill(0);
+        drop(still.take_written());
+        Ok(())
     }
-    // What was written before, and zapped by someone else while the log started, may be in it.
-    drop(engine.take_log()?);
-    drop(still.take_written());
-    Ok(())
+
+    /// Logs for some rounds, and compares.
+    fn part(&mut self, guest: &GuestHandle) -> Result<()> {
+        for round in 0..ROUNDS {
+            for _ in 0..RINGS_A_ROUND {
+                thread::sleep(ROUND_EVERY / RINGS_A_ROUND);
+                self.take_rings();
+            }
+            let taken = if round % 2 == 0 { self.engine.take_log()? } else { look_and_clear(self.engine)? };
+            self.counts.rounds.fetch_add(1, Ordering::Relaxed);
+            self.merge(&taken);
+        }
+        // A vCPU whose ring is full gets to the end of its access only when that was reset.
+        let still = guest.pause_while(|| self.take_rings())?;
+        self.take_rings();
+        self.merge(&self.engine.take_log()?);
+        let written = still.take_written();
+        let others = if still.is_whole() { Others::None } else { Others::OfAnEnd };
+        compare(written.words(), &self.words, others)?;
+        self.words.fill(0);
+        drop(still);
+        self.counts.epochs.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn merge(&mut self, round: &[u64]) {
+        for (all, word) in self.words.iter_mut().zip(round) {
+            *all |= word;
+        }
+        let frames = round.iter().map(|word| u64::from(word.count_ones())).sum();
+        self.counts.frames.fetch_add(frames, Ordering::Relaxed);
+    }
+
+    /// Where each vCPU has a ring; else there is nothing to take.
+    fn take_rings(&mut self) {
+        self.engine.take_rings(&mut |gfn| {
+            let frame = gfn.as_u64();
+            self.words[(frame / 64) as usize] |= 1 << (frame % 64);
+            self.counts.frames.fetch_add(1, Ordering::Relaxed);
+        });
+    }
 }
 
 /// Reads the log, and clears what was set in it, half by half.
@@ -98,15 +145,6 @@ fn look_and_clear(engine: &Arc<dyn Engine>) -> Result<Vec<u64>, SlotError> {
     engine.clear_log(0, low)?;
     engine.clear_log(low.len() as u64 * 64, high)?;
     Ok(seen)
-}
-
-fn merge(logged: &mut Vec<u64>, round: &[u64], counts: &DirtyCounts) {
-    logged.resize(round.len(), 0);
-    for (all, word) in logged.iter_mut().zip(round) {
-        *all |= word;
-    }
-    let frames = round.iter().map(|word| u64::from(word.count_ones())).sum();
-    counts.frames.fetch_add(frames, Ordering::Relaxed);
 }
 
 /// Frames that may be in the log without having been written.

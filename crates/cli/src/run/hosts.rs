@@ -5,7 +5,7 @@ use afterimage_uffd::{Backing, FaultOrigin, HugePages, OpenOptions, ServeOptions
 use afterimage_vm::{GuestKind, KvmProbe};
 use anyhow::{Context, Result, bail, ensure};
 
-use super::choices::{AfterRetryChoice, FormatChoice, name};
+use super::choices::{AfterRetryChoice, DirtyChoice, FormatChoice, name};
 
 /// Who serves the guest's faults.
 #[derive(Debug)]
@@ -31,15 +31,16 @@ pub(crate) struct UffdPlan {
 pub(crate) struct SoftPlan {
     pub(crate) format: FormatChoice,
     pub(crate) after_retry: afterimage_vm::AfterRetry,
+    pub(crate) dirty: DirtyChoice,
 }
 
 impl SoftPlan {
-    pub(super) fn new(format: FormatChoice, after_retry: AfterRetryChoice) -> Self {
+    pub(super) fn new(format: FormatChoice, after_retry: AfterRetryChoice, dirty: DirtyChoice) -> Self {
         let after_retry = match after_retry {
             AfterRetryChoice::Park => afterimage_vm::AfterRetry::Park,
             AfterRetryChoice::Refault => afterimage_vm::AfterRetry::Refault,
         };
-        Self { format, after_retry }
+        Self { format, after_retry, dirty }
     }
 
     pub(super) fn because(&self) -> String {

@@ -42,6 +42,8 @@ pub(crate) trait Engine: fmt::Debug + Send + Sync {
     fn look_at_log(&self) -> Result<Vec<u64>, SlotError>;
     fn clear_log(&self, first: u64, mask: &[u64]) -> Result<(), SlotError>;
     fn stop_log(&self) -> Result<(), SlotError>;
+    /// Collects the dirty rings of all vCPUs, and resets them.
+    fn take_rings(&self, frame: &mut dyn FnMut(Gfn));
     /// Maps all memory in small pages.
     fn split(&self) -> Result<(), SlotError>;
     /// Maps it in large pages again, where it can.
@@ -75,6 +77,17 @@ impl<S: SecondaryMmu> Engine for GuestMmu<S> {
 
     fn stop_log(&self) -> Result<(), SlotError> {
         self.set_dirty_logging(SpaceId(0), SLOT, false)
+    }
+
+    fn take_rings(&self, frame: &mut dyn FnMut(Gfn)) {
+        let mut any = false;
+        self.collect_dirty_rings(|dirty| {
+            frame(dirty.gfn);
+            any = true;
+        });
+        if any {
+            self.reset_dirty_rings();
+        }
     }
 
     fn split(&self) -> Result<(), SlotError> {

@@ -15,8 +15,8 @@ use serde::Serialize;
 #[cfg(feature = "mutations")]
 use super::choices::BreakChoice;
 use super::choices::{
-    AfterRetryChoice, BackingChoice, FormatChoice, GuestChoice, InvalidateChoice, PageChoice, PrecheckChoice,
-    SequenceChoice, WitnessChoice, WorkloadChoice, name,
+    AfterRetryChoice, BackingChoice, DirtyChoice, FormatChoice, GuestChoice, InvalidateChoice, PageChoice,
+    PrecheckChoice, SequenceChoice, WitnessChoice, WorkloadChoice, name,
 };
 use super::hosts::{self, Chosen, HostPlan, SoftPlan, UffdPlan};
 use crate::units;
@@ -61,6 +61,9 @@ pub(crate) struct RunArgs {
     /// What is done to the memory meanwhile, separated by commas; "none" leaves only what the budget needs
     #[arg(long, value_enum, value_delimiter = ',', default_value = "evict,discard")]
     invalidate: Vec<InvalidateChoice>,
+    /// Where the writes of --guest soft are logged for --invalidate dirty [default: bitmap]
+    #[arg(long, value_enum)]
+    dirty: Option<DirtyChoice>,
     /// Evictions a second beyond what the budget needs, aimed at what the guest uses
     #[arg(long, default_value_t = 200)]
     pressure: u32,
@@ -131,6 +134,7 @@ pub(crate) struct ShownOptions {
     workload: String,
     pub(crate) source: Option<PathBuf>,
     invalidate: Vec<String>,
+    dirty: Option<String>,
     pressure: u32,
     precheck: String,
     sequence: String,
@@ -202,7 +206,7 @@ impl RunArgs {
             self.uffds.unwrap_or(1),
             memory / page
         );
-        let invalidate = self.troubles()?;
+        let (invalidate, dirty) = (self.troubles()?, self.dirty());
         let (guest, guest_because, host) = self.host()?;
         // A batch is what the budget may be exceeded by, so it stays small beside it.
         let batch_pages = match page_size {
@@ -239,6 +243,7 @@ impl RunArgs {
             backing: served.map(|_| name(self.backing.unwrap_or(BackingChoice::Shared))),
             workload: workload.to_string(),
             source: self.source,
+            dirty: invalidate.contains(&InvalidateChoice::Dirty).then(|| name(dirty)),
             invalidate: invalidate.iter().map(|choice| name(*choice)).collect(),
             pressure: self.pressure,
             precheck: name(self.precheck),
@@ -277,6 +282,10 @@ impl RunArgs {
         })
     }
 
+    fn dirty(&self) -> DirtyChoice {
+        self.dirty.unwrap_or(DirtyChoice::Bitmap)
+    }
+
     fn memory_bytes(&self) -> Result<u64> {
         match (self.memory, &self.source) {
             (Some(bytes), _) => Ok(bytes),
@@ -302,6 +311,10 @@ impl RunArgs {
             bail!("--invalidate {} is only for --guest soft", name(*choice));
         }
         let needs_large = chosen.iter().find(|choice| choice.needs_large());
+        ensure!(
+            self.dirty.is_none() || chosen.contains(&InvalidateChoice::Dirty),
+            "--dirty says where writes are logged: --invalidate dirty"
+        );
         if let (Some(choice), PageChoice::Small) = (needs_large, self.page_size) {
             bail!("--invalidate {} is for large pages: --page-size 2m", name(*choice));
         }
@@ -316,7 +329,8 @@ impl RunArgs {
                 "--backing, --uffds and --workers are for guests whose faults come through userfaultfd; those of \
                  --guest soft do not"
             );
-            let soft = SoftPlan::new(self.format.unwrap_or(FormatChoice::Npt), self.after_retry);
+            let soft =
+                SoftPlan::new(self.format.unwrap_or(FormatChoice::Npt), self.after_retry, self.dirty());
             return Ok((GuestKind::Soft, soft.because(), HostPlan::Soft(soft)));
         }
         ensure!(self.format.is_none(), "--format is for the tables of --guest soft");

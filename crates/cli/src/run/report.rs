@@ -48,6 +48,7 @@ struct Faults {
     spurious: u64,
     retry: u64,
     emulated: u64,
+    ring_full: u64,
     failed: u64,
 }
 
@@ -160,6 +161,7 @@ impl RunReport {
                 spurious: faults.spurious,
                 retry: faults.retried(),
                 emulated: faults.emulated,
+                ring_full: faults.ring_full,
                 failed: faults.failed,
             },
             retries: Retries {
@@ -253,13 +255,14 @@ impl Display for RunReport {
         }
 
         writeln!(f, "faults")?;
-        let Faults { taken, fixed, fast, spurious, retry, emulated, failed } = self.faults;
+        let Faults { taken, fixed, fast, spurious, retry, emulated, ring_full, failed } = self.faults;
         row(f, "taken", &format!("{} ({}/s)", show_count(taken), per_second(taken)))?;
         for (name, count) in [
             ("fixed", fixed),
             ("fast", fast),
             ("spurious", spurious),
             ("emulated", emulated),
+            ("dirty ring full", ring_full),
             ("failed", failed),
             ("retried", retry),
         ] {

@@ -10,7 +10,7 @@ use afterimage_uffd::Linux;
 use afterimage_vm::{Guest, GuestMemory, Hardware, PhysicalMemory, SoftMachine, TablePool};
 use anyhow::{Context, Result};
 
-use super::choices::FormatChoice;
+use super::choices::{DirtyChoice, FormatChoice};
 use super::hosts::SoftPlan;
 use super::machine::{Host, Machine, SLOT, Start};
 
@@ -19,6 +19,9 @@ const BASE: Hva = Hva::new(1 << 40);
 
 /// Frames of 4 KiB beyond what may be resident: to migrate to, and for freed frames to stay poisoned in.
 const SPARE_FRAMES: u64 = 2048;
+
+/// Entries of a vCPU's dirty ring: few, so that it is full now and then.
+const RING_ENTRIES: usize = 128;
 
 /// What the tables run on.
 struct SoftHost {
@@ -95,6 +98,7 @@ impl Soft {
             ram: Ram(Arc::clone(&frames)),
             tables: tables.clone(),
             after_retry: soft.after_retry,
+            ring_entries: (soft.dirty == DirtyChoice::Ring).then_some(RING_ENTRIES),
         };
         let memory = GuestMemory::in_frames(plan.memory as usize);
         let guest = Guest::start_soft(start.spec(memory), machine, |gfn| start.words(gfn))?;

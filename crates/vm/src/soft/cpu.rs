@@ -17,6 +17,7 @@
 
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use core::time::Duration;
 
 use afterimage_mmu::{
     Access, FRAME_BYTES, Fault, FaultError, FaultOutcome, Found, Gfn, PageSize, Pfn, PrimaryMmu, Requests,
@@ -34,6 +35,8 @@ use crate::report::VcpuEnd;
 /// Accesses between two looks at whether the vCPU was kicked, about as long as an interrupt takes to arrive; and between
 /// two speculative walks.
 const CHECK_EVERY: u32 = 32;
+/// How long a vCPU whose dirty ring is full stays outside before it looks again.
+const RING_PAUSE: Duration = Duration::from_micros(50);
 
 /// A software vCPU on its thread.
 pub(super) struct Cpu<'m, F: Hardware, H: Host<Memory = TablePool>, M, R> {
@@ -72,8 +75,12 @@ where
         block: &'m VcpuBlock,
         exits: &'m AtomicU64,
     ) -> Self {
+        let mut vcpu = machine.mmu.vcpu();
+        if let Some(entries) = machine.ring_entries {
+            vcpu.log_in_ring(entries);
+        }
         let mut cpu = Self {
-            vcpu: machine.mmu.vcpu(),
+            vcpu,
             machine,
             block,
             exits,
@@ -228,6 +235,11 @@ where
         }
     }
 
+    /// Not while a fault is to be tried again, and nobody is left who makes that worth while.
+    fn unless_stopped(&self) -> Result<(), VcpuEnd> {
+        if self.block.stop.flag.load(Relaxed) != 0 { Err(VcpuEnd::Stopped) } else { Ok(()) }
+    }
+
     /// Takes one fault to the engine and comes back, whatever became of it: the access is tried again.
     #[cold]
     fn fault(&mut self, gfn: Gfn, access: Access, found: Found) -> Result<(), VcpuEnd> {
@@ -247,9 +259,7 @@ where
             }
             Ok(FaultOutcome::Retry(retry)) => {
                 // Who takes memory away may go on until the guest has ended: it could be retried for ever.
-                if self.block.stop.flag.load(Relaxed) != 0 {
-                    return Err(VcpuEnd::Stopped);
-                }
+                self.unless_stopped()?;
                 if self.machine.after_retry == AfterRetry::Park && retry.point != RetryPoint::SlotChanging {
                     self.machine.mmu.wait(retry.range);
                 } else {
@@ -260,6 +270,11 @@ where
             Ok(FaultOutcome::Emulate(_)) => return Err(died("it touched memory that is in no memslot")),
             Ok(FaultOutcome::WriteProtected) => return Err(died("it wrote to a page that is write-tracked")),
             Err(FaultError::Interrupted(_)) => {}
+            Err(FaultError::DirtyRingFull(_)) => {
+                // Until somebody has collected and reset it.
+                self.unless_stopped()?;
+                std::thread::sleep(RING_PAUSE);
+            }
             Err(FaultError::Poisoned { gfn, .. }) => return Err(VcpuEnd::Poisoned { gfn }),
             Err(error) => return Err(died(&error.to_string())),
         }

@@ -69,6 +69,8 @@ pub struct SoftMachine<F: Hardware, H: Host<Memory = TablePool>, M, R> {
     pub tables: TablePool,
     /// What a retry does.
     pub after_retry: AfterRetry,
+    /// Entries of the ring in which each vCPU has its writes logged, where they are; `None`: in the slot's bitmap.
+    pub ring_entries: Option<usize>,
 }
 
 impl<F: Hardware, H: Host<Memory = TablePool>, M, R> fmt::Debug for SoftMachine<F, H, M, R> {

@@ -19,8 +19,8 @@ use crate::guest::GuestHandle;
 use crate::spec::GuestKind;
 use crate::{VmError, guest};
 
-/// How often a pauser looks whether a vCPU has ended instead.
-const LOOK_EVERY: Duration = Duration::from_millis(5);
+/// How often a pauser looks whether a vCPU has ended instead, or waits for what it does meanwhile.
+const LOOK_EVERY: Duration = Duration::from_millis(1);
 
 /// What the vCPUs of a software guest share with who pauses them.
 #[derive(Debug)]
@@ -115,6 +115,14 @@ impl GuestHandle {
     /// # Errors
     /// [`VmError::NeedsSoft`] for other guests.
     pub fn pause(&self) -> Result<Paused<'_>, VmError> {
+        self.pause_while(|| ())
+    }
+
+    /// The same, and does `meanwhile` again and again while it waits: what a vCPU in the middle of an access may wait for.
+    ///
+    /// # Errors
+    /// As [`pause`](Self::pause).
+    pub fn pause_while(&self, mut meanwhile: impl FnMut()) -> Result<Paused<'_>, VmError> {
         let state: &guest::State = self.state();
         if state.kind != GuestKind::Soft {
             return Err(VmError::NeedsSoft { what: "stand still" });
@@ -124,7 +132,10 @@ impl GuestHandle {
         pause.wanted.store(1, Ordering::Relaxed);
         let mut parked = lock(&pause.parked);
         while *parked < state.running().len() {
-            let waited = pause.changed.wait_timeout(parked, LOOK_EVERY);
+            drop(parked);
+            meanwhile();
+            let is_awaited = |parked: &mut usize| *parked < state.running().len();
+            let waited = pause.changed.wait_timeout_while(lock(&pause.parked), LOOK_EVERY, is_awaited);
             (parked, _) = waited.unwrap_or_else(PoisonError::into_inner);
         }
         let is_whole = *parked == self.vcpus();
