@@ -78,6 +78,7 @@ fn the_cells_have_the_promised_shape() {
             "/invalidations",
             "/flushes_per_invalidation",
             "/yields_per_invalidation",
+            "/yields_to_waiters_per_invalidation",
             "/retries/before_fault_in",
             "/retries/after_fault_in",
             "/retries/under_lock",
@@ -136,6 +137,8 @@ fn with_the_checks_a_doomed_fault_disturbs_nobody() {
         // A doomed fault takes the lock only if the invalidation began between its last look and the lock: once at most.
         let raced = number(both, "/invalidations") * 2.0 * 2.0;
         assert!(number(both, "/doomed_lock_acquisitions") <= raced, "{both:#}");
+        let yields = number(both, "/yields_to_waiters_per_invalidation") * number(both, "/invalidations");
+        assert!(yields <= raced, "it yields to no others than those: {both:#}");
         let flushes = |cell| number(cell, "/flushes_per_invalidation");
         least = least.min(flushes(both) - flushes(uncontended));
         if least <= 1.0 {

@@ -184,6 +184,8 @@ invalidation_counters! {
     flushes,
     /// Times that a zap gave up `mmu_lock`.
     yields,
+    /// Those of them that were for somebody who waited for the lock. The others were for the scheduler, or to free tables.
+    yields_to_waiters,
     /// Nanoseconds that invalidators waited for `mmu_lock`.
     lock_wait_ns,
     /// Invalidations that had to wait for a fault that was installing one of their frames.

@@ -213,11 +213,11 @@ impl<S: SecondaryMmu> Steps<'_, '_, S> {
     }
 
     fn is_break_wanted(&self) -> bool {
-        match self.yielding {
-            YieldPolicy::OnContention => self.guard.is_contended() || S::Platform::resched_wanted(),
-            YieldPolicy::OnResched => S::Platform::resched_wanted(),
-            YieldPolicy::Never => false,
+        if self.yielding == YieldPolicy::OnContention && self.guard.is_contended() {
+            self.mmu.counters.yields_to_waiters.fetch_add(1, Ordering::Relaxed);
+            return true;
         }
+        self.yielding != YieldPolicy::Never && S::Platform::resched_wanted()
     }
 
     /// The guest wrote to frames of `gfns` through a translation that goes, or may be written no more. Where writes to the

@@ -146,6 +146,9 @@ measured! {
         /// Times that a zap gave up the lock, for each invalidation.
         #[serde(skip_serializing_if = "Option::is_none")]
         yields_per_invalidation: Option<f64>,
+        /// Those of them that were for somebody who waited for the lock; the others were for the scheduler.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        yields_to_waiters_per_invalidation: Option<f64>,
         /// Retries, by where on its path the fault was found to be doomed.
         #[serde(skip_serializing_if = "Option::is_none")]
         retries: Option<Retries>,

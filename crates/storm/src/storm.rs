@@ -253,6 +253,7 @@ impl Storm {
             invalidations,
             flushes_per_invalidation: per(stats.flushes, invalidations),
             yields_per_invalidation: per(stats.yields, invalidations),
+            yields_to_waiters_per_invalidation: per(stats.yields_to_waiters, invalidations),
             retries_per_fault: per(retries.all(), total.faults),
             most_retries: Some(total.most_retries),
             most_ends: Some(total.most_ends),

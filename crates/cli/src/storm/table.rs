@@ -24,6 +24,7 @@ type Row = (&'static str, fn(&Measured) -> Option<String>);
 const ROWS: &[Row] = &[
     ("flushes/invalidation", |m| m.flushes_per_invalidation.map(ratio)),
     ("yields/invalidation", |m| m.yields_per_invalidation.map(ratio)),
+    ("  to who waits", |m| m.yields_to_waiters_per_invalidation.map(ratio)),
     ("invalidations", |m| Some(show_count(m.invalidations))),
     ("  median", |m| m.invalidation_ns.as_ref().map(|times| ns(times.median))),
     ("  longest", |m| m.invalidation_ns.as_ref().map(|times| ns(times.max))),

@@ -257,6 +257,8 @@ impl Machine {
             invalidations: self.invalidations,
             flushes_per_invalidation: per(self.flushes, self.invalidations),
             yields_per_invalidation: per(self.yields, self.invalidations),
+            // There is no scheduler.
+            yields_to_waiters_per_invalidation: per(self.yields, self.invalidations),
             retries_per_fault: per(self.retries.all(), self.faults),
             retries: Some(self.retries),
             most_retries: Some(self.most_retries),

@@ -30,12 +30,13 @@ pub(crate) struct KernelCell {
 }
 
 /// What no kernel counts, and why.
-const UNCOUNTED: [(&str, &str); 8] = [
+const UNCOUNTED: [(&str, &str); 9] = [
     (
         "retries",
         "KVM counts what becomes of faults, but not where on its path it let one retry; `retries_per_fault` is all",
     ),
     ("yields_per_invalidation", "KVM does not count them; `watched.order` shows some"),
+    ("yields_to_waiters_per_invalidation", "KVM does not count yields"),
     ("most_retries", "KVM counts retries by vCPU, not by fault"),
     ("most_ends", "KVM does not count ends"),
     (
