@@ -60,6 +60,14 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
             let leaf = match F::decode(place.raw, place.level) {
                 Entry::Leaf(leaf) => leaf,
                 Entry::Mmio(_) => return Translation::Fault(Found::Reserved),
+                // It was split since: once more, as hardware does.
+                Entry::Table(_) => match self.find(gfn) {
+                    Some(again) => {
+                        place = again;
+                        continue;
+                    }
+                    None => return Translation::Fault(Found::Absent),
+                },
                 _ => return Translation::Fault(Found::Absent),
             };
             if F::HIDES_UNUSED && !leaf.accessed {
