@@ -219,20 +219,22 @@ impl<F: Format> LeafEntry<'_, F> {
     /// Whether it was used since its mark was taken away; `Age::Clear` takes it away, if nobody changes the entry at
     /// this moment (which somebody who uses it does).
     pub fn age(&self, age: Age) -> bool {
-        let raw = self.entry.load(Ordering::Acquire);
+        let raw = self.entry.load(Ordering::Relaxed);
         let Entry::Leaf(leaf) = F::decode(raw, self.level) else { return false };
         if leaf.accessed
             && age == Age::Clear
             && let Ok(old) = F::encode_leaf(Leaf { accessed: false, ..leaf })
         {
-            let _ = self.entry.compare_exchange(raw, old, Ordering::AcqRel, Ordering::Relaxed);
+            let _ = self.entry.compare_exchange(raw, old, Ordering::Relaxed, Ordering::Relaxed);
         }
         leaf.accessed
     }
 
     /// Replaces the leaf by what `next` makes of it (`None`: nothing), however often hardware marks it meanwhile.
     fn change(&self, next: impl Fn(Leaf) -> Option<Leaf>) -> Change {
-        let mut raw = self.entry.load(Ordering::Acquire);
+        let seen = mutation::unless(Mutation::TakeWithoutAcquire, Ordering::Acquire);
+        let changed = if seen == Ordering::Acquire { Ordering::AcqRel } else { Ordering::Release };
+        let mut raw = self.entry.load(seen);
         loop {
             let leaf = match F::decode(raw, self.level) {
                 Entry::Leaf(leaf) => leaf,
@@ -247,7 +249,7 @@ impl<F: Format> LeafEntry<'_, F> {
                 }
                 None => F::ABSENT,
             };
-            match self.entry.compare_exchange(raw, new, Ordering::AcqRel, Ordering::Acquire) {
+            match self.entry.compare_exchange(raw, new, changed, seen) {
                 Ok(_) => return Change::Did(leaf),
                 Err(now) => raw = now,
             }

@@ -26,8 +26,10 @@ pub use format::riscv::{Sv39x4, Sv48x4, Svx4};
 pub use format::vmsa::Vmsa;
 pub use format::{Entry, Execute, Format, Leaf, MMIO_GENERATION_BITS, MemoryType, Refused, Writable};
 pub use leaves::{Change, LeafEntry, Leaves, Step};
-pub use memory::{ENTRIES, HeapMemory, TableCache, TableMemory};
+#[cfg(not(loom_tables))]
+pub use memory::HeapMemory;
+pub use memory::{ENTRIES, TableCache, TableMemory};
 pub use stage2::{Host, LargeExecute, LargePages, Stage2};
-#[cfg(shuttle)]
+#[cfg(any(shuttle, loom_tables))]
 pub use sync::AtomicU64;
 pub use tables::{MapError, Removed, Split, Tables, Translation, Walked};

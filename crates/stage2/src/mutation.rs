@@ -3,6 +3,8 @@
 //! Without the feature `mutations` the question "is it on?" is the constant `false` and leaves no code behind. The rules of
 //! the protocol above the tables are switched off in `afterimage_mmu::mutation`.
 
+use crate::sync::Ordering;
+
 /// One rule that can be switched off.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
@@ -47,6 +49,32 @@ pub enum Mutation {
     ProtectWithoutFlush,
     /// A zapped leaf's dirty mark does not reach the log.
     ZapLosesDirty,
+    /// A walk reads entries with relaxed loads.
+    WalkRelaxed,
+    /// Tables are linked, and leaves installed, without a release.
+    InstallWithoutRelease,
+    /// A leaf is taken away or protected without an acquire.
+    TakeWithoutAcquire,
+    /// A leaf is marked with a relaxed exchange.
+    MarkRelaxed,
+    /// Entries are frozen with relaxed accesses.
+    FreezeRelaxed,
+    /// Frozen entries are given back with relaxed stores.
+    ThawRelaxed,
+    /// A table takes the place of a leaf, or a leaf of a table, with a relaxed exchange.
+    ReplaceRelaxed,
+    /// What was broken first is made again with a relaxed store.
+    PublishRelaxed,
+}
+
+/// The ordering that a rule asks for; where the rule is switched off, without what it is about.
+#[inline]
+pub(crate) fn unless(mutation: Mutation, ordering: Ordering) -> Ordering {
+    match (active(mutation), mutation) {
+        (false, _) => ordering,
+        (true, Mutation::InstallWithoutRelease) => Ordering::Acquire,
+        (true, _) => Ordering::Relaxed,
+    }
 }
 
 #[cfg(feature = "mutations")]

@@ -34,7 +34,8 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
         let (place, table) =
             self.link_above(gfn, smaller(size).level()).filter(|_| size > PageSize::Size4K)?;
         let (table, child) = (table?, place.child?);
-        let first = match child.entries().first().map(|entry| entry.load(Ordering::Acquire)) {
+        let looking = mutation::unless(Mutation::FreezeRelaxed, Ordering::Acquire);
+        let first = match child.entries().first().map(|entry| entry.load(looking)) {
             Some(raw) => match F::decode(raw, child.level()) {
                 Entry::Leaf(leaf) => leaf,
                 _ => return None,
@@ -52,9 +53,8 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
         };
         // A look before anything is touched: most tables do not fit.
         let mut entries = child.entries().iter().enumerate();
-        if !entries.all(|(index, entry)| {
-            fits(index, F::decode(entry.load(Ordering::Acquire), child.level())).is_some()
-        }) {
+        if !entries.all(|(index, entry)| fits(index, F::decode(entry.load(looking), child.level())).is_some())
+        {
             return None;
         }
         let give_back = |count: usize, large: Leaf| {
@@ -75,7 +75,7 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
         };
         if mutation::active(Mutation::CollapseWithoutFreezing) {
             for (index, entry) in child.entries().iter().enumerate() {
-                merge(index, F::decode(entry.load(Ordering::Acquire), child.level()));
+                merge(index, F::decode(entry.load(looking), child.level()));
             }
         } else if let Err(stopped) = child.freeze(merge) {
             give_back(stopped.at, large);
@@ -88,7 +88,8 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
         let large = Leaf { execute: large.execute.intersection(most), ..large };
         let raw = F::encode_leaf(large).expect("it could be encoded with fewer marks");
         let next = if F::BREAK_BEFORE_MAKE { F::FROZEN } else { raw };
-        if place.entry.compare_exchange(place.raw, next, Ordering::AcqRel, Ordering::Acquire).is_err() {
+        let ordering = mutation::unless(Mutation::ReplaceRelaxed, Ordering::Release);
+        if place.entry.compare_exchange(place.raw, next, ordering, Ordering::Relaxed).is_err() {
             give_back(child.entries().len(), large);
             return None;
         }

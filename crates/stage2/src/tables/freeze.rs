@@ -3,6 +3,7 @@
 use super::reach::TableRef;
 use crate::format::{Entry, Format};
 use crate::memory::TableMemory;
+use crate::mutation::{self, Mutation};
 use crate::sync::{AtomicU64, Ordering};
 
 /// An entry kept a table from being frozen as a whole.
@@ -17,17 +18,18 @@ impl<F: Format, M: TableMemory> TableRef<'_, F, M> {
     /// A table that is frozen as a whole stays as it is: an install that has found it loses its exchange.
     pub(super) fn freeze(self, mut take: impl FnMut(usize, Entry) -> bool) -> Result<(), Stopped> {
         for (index, entry) in self.entries().iter().enumerate() {
-            let mut raw = entry.load(Ordering::Acquire);
+            let ordering = mutation::unless(Mutation::FreezeRelaxed, Ordering::Acquire);
+            let mut raw = entry.load(ordering);
             loop {
                 let said = F::decode(raw, self.level());
                 if said == Entry::Frozen {
                     return Err(Stopped { at: index });
                 }
                 // Asked with the word that the exchange then takes: a mark that comes in between is another word.
-                match entry.compare_exchange(raw, F::FROZEN, Ordering::AcqRel, Ordering::Acquire) {
+                match entry.compare_exchange(raw, F::FROZEN, ordering, ordering) {
                     Ok(_) if take(index, said) => break,
                     Ok(_) => {
-                        entry.store(raw, Ordering::Release);
+                        entry.store(raw, mutation::unless(Mutation::ThawRelaxed, Ordering::Release));
                         return Err(Stopped { at: index });
                     }
                     Err(now) => raw = now,
@@ -40,12 +42,12 @@ impl<F: Format, M: TableMemory> TableRef<'_, F, M> {
     /// Gives the first `count` entries, which this thread froze, back as `word` says.
     pub(super) fn thaw(self, count: usize, word: impl Fn(usize) -> u64) {
         for (index, entry) in self.entries()[..count].iter().enumerate() {
-            entry.store(word(index), Ordering::Release);
+            entry.store(word(index), mutation::unless(Mutation::ThawRelaxed, Ordering::Release));
         }
     }
 }
 
 /// Publishes what an entry says that this thread froze.
 pub(super) fn publish(entry: &AtomicU64, raw: u64) {
-    entry.store(raw, Ordering::Release);
+    entry.store(raw, mutation::unless(Mutation::PublishRelaxed, Ordering::Release));
 }

@@ -23,8 +23,9 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
         // Nearly always the tables are there and the entry says nothing. Then the exchange is the look, too.
         let raw = F::encode_leaf(leaf)?;
         let level = leaf.size.level();
+        let ordering = mutation::unless(Mutation::InstallWithoutRelease, Ordering::AcqRel);
         if let Some(entry) = self.linked_entry(gfn, level)
-            && entry.compare_exchange(F::ABSENT, raw, Ordering::AcqRel, Ordering::Acquire).is_ok()
+            && entry.compare_exchange(F::ABSENT, raw, ordering, Ordering::Relaxed).is_ok()
         {
             return Ok(Mapped::Fixed);
         }
@@ -39,7 +40,8 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
         }
         let mut table = self.root_table();
         while table.level() > target {
-            table = table.child(table.entry(gfn).load(Ordering::Acquire))?;
+            table = table
+                .child(table.entry(gfn).load(mutation::unless(Mutation::WalkRelaxed, Ordering::Acquire)))?;
         }
         (table.level() == target).then(|| table.entry(gfn))
     }

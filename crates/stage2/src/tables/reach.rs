@@ -8,6 +8,7 @@ use afterimage_mmu::{Gfn, GfnRange, Level, Mapped, Pfn};
 use super::{Tables, block};
 use crate::format::{Entry, Format};
 use crate::memory::{ENTRIES, TableMemory};
+use crate::mutation::{self, Mutation};
 use crate::sync::{AtomicU64, Ordering};
 
 /// A table that is linked, or the root.
@@ -67,7 +68,7 @@ impl<'t, F: Format, M: TableMemory> TableRef<'t, F, M> {
     #[inline]
     pub(crate) fn look(self, gfn: Gfn) -> Place<'t, F, M> {
         let entry = self.entry(gfn);
-        let raw = entry.load(Ordering::Acquire);
+        let raw = entry.load(mutation::unless(Mutation::WalkRelaxed, Ordering::Acquire));
         Place { entry, raw, level: self.level, child: self.child(raw) }
     }
 
@@ -148,7 +149,8 @@ impl<F: Format, M: TableMemory> Place<'_, F, M> {
 
     #[inline]
     pub(super) fn exchange(&self, raw: u64) -> Mapped {
-        match self.entry.compare_exchange(self.raw, raw, Ordering::AcqRel, Ordering::Acquire) {
+        let ordering = mutation::unless(Mutation::InstallWithoutRelease, Ordering::AcqRel);
+        match self.entry.compare_exchange(self.raw, raw, ordering, Ordering::Relaxed) {
             Ok(_) => Mapped::Fixed,
             Err(_) => Mapped::LostRace,
         }

@@ -78,7 +78,7 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
             child.thaw(child.entries().len(), nothing);
         }
         let next = if breaks { F::FROZEN } else { F::ABSENT };
-        let unlinked = place.entry.compare_exchange(place.raw, next, Ordering::AcqRel, Ordering::Acquire);
+        let unlinked = place.entry.compare_exchange(place.raw, next, Ordering::Relaxed, Ordering::Relaxed);
         match unlinked {
             Ok(_) if breaks => {
                 flush(gfns);

@@ -66,11 +66,11 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
             }
         };
         let breaks = F::BREAK_BEFORE_MAKE && !mutation::active(Mutation::SplitWithoutBreak);
+        let ordering = mutation::unless(Mutation::ReplaceRelaxed, Ordering::Release);
         loop {
             self.fill(page, &place, leaf);
             let next = if breaks { F::FROZEN } else { link };
-            let now = match place.entry.compare_exchange(place.raw, next, Ordering::AcqRel, Ordering::Acquire)
-            {
+            let now = match place.entry.compare_exchange(place.raw, next, ordering, Ordering::Relaxed) {
                 Ok(_) => break,
                 Err(now) => now,
             };

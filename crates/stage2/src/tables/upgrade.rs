@@ -31,7 +31,8 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
         }
         let raw =
             F::encode_leaf(new).expect("a decoded leaf can be encoded with other marks and permissions");
-        place.entry.compare_exchange(place.raw, raw, Ordering::AcqRel, Ordering::Acquire).map(drop)
+        let ordering = mutation::unless(Mutation::MarkRelaxed, Ordering::Acquire);
+        place.entry.compare_exchange(place.raw, raw, ordering, ordering).map(drop)
     }
 }
 
