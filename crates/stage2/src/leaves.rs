@@ -149,7 +149,8 @@ impl<'t, F: Format, M: TableMemory> Iterator for Leaves<'t, F, M> {
                     }));
                 }
                 Entry::Absent | Entry::Mmio(_) | Entry::Foreign | Entry::Table(_) => {
-                    let skipped = GfnRange::new(self.at, here.end.min(self.end));
+                    let behind = table.first_said(here.end, table_end.min(self.end));
+                    let skipped = GfnRange::new(self.at, behind.min(self.end));
                     gap = Some(gap.map_or(skipped, |gap| gap.hull(skipped)));
                     self.at = skipped.end;
                 }

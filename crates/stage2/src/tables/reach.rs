@@ -64,6 +64,16 @@ impl<'t, F: Format, M: TableMemory> TableRef<'t, F, M> {
         self.entries
     }
 
+    /// The first frame from `from` on whose entry says something, or `end`, which the table does not reach beyond.
+    #[inline]
+    pub(crate) fn first_said(self, from: Gfn, end: Gfn) -> Gfn {
+        let mut at = from;
+        while at < end && self.entry(at).load(Ordering::Acquire) == F::ABSENT {
+            at = at + self.level.frames();
+        }
+        at
+    }
+
     /// Reads the entry of `gfn`.
     #[inline]
     pub(crate) fn look(self, gfn: Gfn) -> Place<'t, F, M> {
