@@ -1,6 +1,7 @@
 //! `afterimage`: serve guest page faults while memory is taken away.
 
 mod host;
+mod output;
 mod run;
 mod storm;
 mod units;

@@ -401,5 +401,5 @@ fn json_that_cannot_be_written_is_a_failure() {
     assert_eq!(ended.code(), 1, "{ended:?}");
     assert!(ended.stdout.contains("verified accesses"), "{}", ended.stdout);
     let last = ended.stderr.lines().last().expect("a reason");
-    assert!(last.starts_with("afterimage: the JSON cannot be written to /dev/full: "), "{last}");
+    assert!(last.starts_with("afterimage: the result cannot be written to /dev/full: "), "{last}");
 }

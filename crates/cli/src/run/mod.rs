@@ -3,7 +3,6 @@
 mod choices;
 mod dirty;
 mod hosts;
-mod json;
 mod live;
 mod machine;
 mod options;
@@ -12,7 +11,6 @@ mod report;
 mod served;
 mod soft;
 
-use std::io::{self, Write};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,7 +20,6 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use signal_hook::consts::{SIGINT, SIGTERM};
 
-use self::json::JsonOutput;
 use self::live::LiveLine;
 use self::machine::{Host, Machine};
 pub(crate) use self::options::RunArgs;
@@ -30,6 +27,7 @@ use self::options::RunPlan;
 use self::pressure::Pressure;
 use self::report::{Outcome, RunReport};
 use crate::EXIT_WRONG;
+use crate::output::Output;
 
 /// How often the run is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
@@ -42,8 +40,11 @@ const STALL: Duration = Duration::from_secs(10);
 pub(crate) fn run(args: RunArgs) -> Result<ExitCode> {
     let mut plan = args.plan()?;
     // Opened first: a run whose result cannot be kept does not start.
-    let json =
-        plan.json.as_deref().map(|path| JsonOutput::open(path, plan.shown.source.as_deref())).transpose()?;
+    let json = plan.json.as_deref().map(Output::open).transpose()?;
+    let json = match &plan.shown.source {
+        Some(source) => json.map(|json| json.other_than(source)).transpose()?,
+        None => json,
+    };
     let interrupted = Arc::new(AtomicBool::new(false));
     for signal in [SIGINT, SIGTERM] {
         // The second time, the default: whoever insists gets out.
@@ -69,12 +70,7 @@ pub(crate) fn run(args: RunArgs) -> Result<ExitCode> {
 }
 
 /// Runs to the end and reports. Whether all was as it should be.
-fn finish(
-    plan: &RunPlan,
-    machine: Machine,
-    json: Option<JsonOutput>,
-    interrupted: &AtomicBool,
-) -> Result<bool> {
+fn finish(plan: &RunPlan, machine: Machine, json: Option<Output>, interrupted: &AtomicBool) -> Result<bool> {
     let pressure = Pressure::start(plan, &machine)?;
     let mut failures = watch(plan, &machine, &pressure, interrupted);
     let mut outcome = stop(machine, pressure, &mut failures)?;
@@ -84,16 +80,11 @@ fn finish(
     }
     let report = RunReport::new(plan, outcome);
     // The JSON first: it is for programs, which wait for it, and the table for a reader, who may have gone.
-    let is_taken = json.as_ref().is_some_and(JsonOutput::is_standard);
-    let kept = json.map_or(Ok(()), |json| json.write(&report));
-    let table = report.to_string();
-    let shown = if is_taken {
-        print(&mut io::stderr().lock(), &table)
-    } else {
-        print(&mut io::stdout().lock(), &table)
-    };
+    let is_taken = json.as_ref().is_some_and(Output::is_standard);
+    let kept = json.map_or(Ok(()), |json| json.write_json(&report));
+    let shown = Output::show(&report.to_string(), is_taken);
     kept?;
-    shown.context("the table cannot be written")?;
+    shown?;
     Ok(report.is_good())
 }
 
@@ -156,12 +147,4 @@ fn stop(machine: Machine, pressure: Pressure, failures: &mut Vec<String>) -> Res
         dirty: counts.get(),
         failures: std::mem::take(failures),
     })
-}
-
-/// Writes `text`. Whoever has closed the other end does not want to read it, which is no error.
-fn print(to: &mut impl Write, text: &str) -> io::Result<()> {
-    match to.write_all(text.as_bytes()).and_then(|()| to.flush()) {
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        done => done,
-    }
 }

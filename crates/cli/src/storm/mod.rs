@@ -2,7 +2,6 @@
 
 mod kernel;
 mod options;
-mod output;
 mod report;
 mod simulate;
 mod table;
@@ -19,9 +18,9 @@ use indicatif::{ProgressBar, ProgressStyle};
 use signal_hook::consts::{SIGINT, SIGTERM};
 
 pub(crate) use self::options::StormArgs;
-use self::output::Output;
 use self::table::Table;
 use crate::EXIT_WRONG;
+use crate::output::Output;
 
 /// Lets a storm blow, and reports.
 pub(crate) fn run(args: StormArgs) -> Result<ExitCode> {
@@ -61,7 +60,7 @@ pub(crate) fn run(args: StormArgs) -> Result<ExitCode> {
     let cells: Vec<Cell> = outcomes.iter().map(|Outcome { cell, .. }| cell.clone()).collect();
     let is_taken = [&json, &trace, &report].into_iter().flatten().any(Output::is_standard);
     if let Some(json) = json {
-        json.write(&format!("{}\n", serde_json::to_string_pretty(&cells)?))?;
+        json.write_json(&cells)?;
     }
     if let Some(trace) = trace {
         trace.write(&trace::trace(&outcomes).to_string())?;

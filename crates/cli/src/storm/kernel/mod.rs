@@ -29,9 +29,9 @@ use self::blow::KernelStorm;
 use self::cell::{KernelCell, KernelTable};
 use self::memory::By;
 use self::watched::{Tables, Watched};
-use super::output::Output;
 use super::{bar, interrupted};
 use crate::EXIT_WRONG;
+use crate::output::Output;
 
 /// How long a run that is recorded blows, at most.
 const RECORDED: Duration = Duration::from_millis(100);
@@ -127,7 +127,7 @@ pub(crate) fn run(plan: &KernelPlan) -> Result<ExitCode> {
     bar.finish_and_clear();
     let is_taken = json.as_ref().is_some_and(Output::is_standard);
     if let Some(json) = json {
-        json.write(&format!("{}\n", serde_json::to_string_pretty(&cells)?))?;
+        json.write_json(&cells)?;
     }
     Output::show(&KernelTable { cells: &cells, left_out: &left_out }.to_string(), is_taken)?;
     let is_good = cells.iter().all(|cell| cell.cell.is_good());

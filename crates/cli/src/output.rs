@@ -1,0 +1,138 @@
+//! Where results go: opened before anything starts, written as a whole at the end.
+//!
+//! What is refused, or fails before it has a result, leaves no empty file behind, and an older result as it was.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use serde::Serialize;
+
+/// The place for one document.
+#[derive(Debug)]
+pub(crate) enum Output {
+    /// Standard output, which then holds nothing else.
+    Standard,
+    /// A file.
+    File(OutputFile),
+}
+
+/// A file that is open for writing, and as it was until then.
+#[derive(Debug)]
+pub(crate) struct OutputFile {
+    file: File,
+    path: PathBuf,
+    /// Whether it was made here, and goes again unless it is written.
+    is_made: bool,
+}
+
+impl Output {
+    /// Opens `path` ("-" is standard output). What is in it stays until something is written.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub(crate) fn open(path: &Path) -> Result<Self> {
+        if path.as_os_str() == "-" {
+            return Ok(Self::Standard);
+        }
+        let made = match OpenOptions::new().write(true).create_new(true).open(path) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                OpenOptions::new().write(true).open(path).map(|file| (file, false))
+            }
+            made => made.map(|file| (file, true)),
+        };
+        let (file, is_made) = made.with_context(|| format!("{} cannot be written", path.display()))?;
+        Ok(Self::File(OutputFile { file, path: path.to_owned(), is_made }))
+    }
+
+    /// The same, where it is another file than `source`.
+    ///
+    /// # Errors
+    /// It is the source; or one of the two cannot be looked at.
+    pub(crate) fn other_than(self, source: &Path) -> Result<Self> {
+        if let Self::File(output) = &self {
+            let (about, other) = (output.file.metadata()?, source.metadata()?);
+            ensure!(
+                (about.dev(), about.ino()) != (other.dev(), other.ino()),
+                "{} would overwrite --source",
+                output.path.display()
+            );
+        }
+        Ok(self)
+    }
+
+    /// Whether standard output is kept for it.
+    pub(crate) fn is_standard(&self) -> bool {
+        matches!(self, Self::Standard)
+    }
+
+    /// Writes all of it.
+    ///
+    /// # Errors
+    /// It cannot be written. Nothing of it is left in a file.
+    pub(crate) fn write(self, text: &str) -> Result<()> {
+        match self {
+            Self::Standard => print(&mut io::stdout().lock(), text).context("the result cannot be written"),
+            Self::File(mut output) => output
+                .replace(text.as_bytes())
+                .with_context(|| format!("the result cannot be written to {}", output.path.display())),
+        }
+    }
+
+    /// Writes `value` as JSON.
+    ///
+    /// # Errors
+    /// It cannot be written. Nothing of it is left in a file.
+    pub(crate) fn write_json(self, value: &impl Serialize) -> Result<()> {
+        self.write(&(serde_json::to_string_pretty(value)? + "\n"))
+    }
+
+    /// Shows `text` to a person: on standard output, or on standard error where that `is_taken`.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub(crate) fn show(text: &str, is_taken: bool) -> Result<()> {
+        let shown = if is_taken {
+            print(&mut io::stderr().lock(), text)
+        } else {
+            print(&mut io::stdout().lock(), text)
+        };
+        shown.context("the table cannot be written")
+    }
+}
+
+impl OutputFile {
+    fn replace(&mut self, text: &[u8]) -> io::Result<()> {
+        // Pipes and devices have no length.
+        let has_length = self.file.metadata()?.is_file();
+        if has_length {
+            self.file.set_len(0)?;
+        }
+        let written = self.file.write_all(text);
+        match written {
+            Ok(()) => self.is_made = false,
+            Err(_) if has_length => self.file.set_len(0)?,
+            Err(_) => {}
+        }
+        written
+    }
+}
+
+impl Drop for OutputFile {
+    fn drop(&mut self) {
+        if self.is_made {
+            // Nobody is left to tell.
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Writes `text`. Whoever has closed the other end does not want to read it, which is no error.
+fn print(to: &mut impl Write, text: &str) -> io::Result<()> {
+    match to.write_all(text.as_bytes()).and_then(|()| to.flush()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        done => done,
+    }
+}
