@@ -8,7 +8,7 @@ use crate::flush::Flush;
 use crate::intent::{Walker, Walking};
 use crate::invalidation::{Fresh, MachineId, Snapshot};
 use crate::platform::Platform;
-use crate::slots::{Memslot, SpaceId};
+use crate::slots::{Memslot, SlotSet, SpaceId};
 use crate::vcpu_words::VcpuWords;
 use crate::zap::{Retired, ZapWalk};
 
@@ -319,6 +319,12 @@ pub trait SecondaryMmu: Sized + Send + Sync {
     /// Removes every translation of `slot`, which goes or moves: tables that were there for it alone may go, too.
     fn zap_slot(&self, slot: &Memslot, walk: &mut ZapWalk<'_, Self>) {
         self.zap(slot, slot.gfns(), Zap::Unmap, walk);
+    }
+
+    /// Puts new roots in the place of the old ([`ZapWalk::replace_roots`]), and removes what those lead to. All `slots` that there
+    /// are lie below them. `false`: nothing was done; there are no roots, or there is no memory for new ones.
+    fn replace_roots(&self, _slots: &SlotSet, _walk: &mut ZapWalk<'_, Self>) -> bool {
+        false
     }
 
     /// Takes the marks of past writes away from the translations of `gfns` of `slot`, and tells `written` of each. Only where

@@ -109,6 +109,10 @@ pub enum Mutation {
     FreeWithoutQuiescence,
     /// A table is freed without the flush before (rule F3).
     FreeWithoutFlush,
+    /// Roots are replaced, and no vCPU is asked to reload.
+    ReloadLeftOut,
+    /// vCPUs are asked to reload before the roots are replaced.
+    ReloadBeforeSwap,
     /// A flush leaves out the last frame of its range.
     FlushForgetsLastFrame,
     /// The flush before a table is freed leaves pointers to it cached.

@@ -182,6 +182,8 @@ invalidation_counters! {
     zapped_frames,
     /// Flushes: before a yield, or before begin returned.
     flushes,
+    /// Times that all roots were replaced.
+    reloads,
     /// Times that a zap gave up `mmu_lock`.
     yields,
     /// Those of them that were for somebody who waited for the lock. The others were for the scheduler, or to free tables.

@@ -27,6 +27,7 @@ use crate::mutation::{self, Mutation};
 use crate::platform::Platform;
 use crate::slots::{Memslot, SlotFlags};
 use crate::sync::Ordering;
+use crate::vcpu_words::Requests;
 
 /// What one step of a zap did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +38,8 @@ pub enum Zapped {
     Unflushed(u64),
     /// Translations of this many frames went, and no CPU holds them: the step flushed by itself.
     Flushed(u64),
+    /// Translations of this many frames went, and no CPU holds them: they lay below a root that was replaced.
+    Unused(u64),
 }
 
 /// How the walk goes on.
@@ -49,12 +52,21 @@ pub enum Walk {
     Restart,
 }
 
-/// Table pages that one walk keeps until they can be freed: nothing allocates under the lock.
+/// Tables that one walk keeps until they can be freed: nothing allocates under the lock.
 const RETIRED: usize = 64;
 
-/// Table pages that a zap of `S` has unlinked and that nobody can reach any more.
+/// A table that was unlinked, or a root that was replaced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RetiredTable {
+    /// Its first frame.
+    pub first: Pfn,
+    /// Its length: one page, or those of a wide root.
+    pub pages: usize,
+}
+
+/// Tables that a zap of `S` has unlinked and that nobody can reach any more.
 pub struct Retired<S> {
-    tables: [Pfn; RETIRED],
+    tables: [RetiredTable; RETIRED],
     count: usize,
     /// Of these tables and no others: only their own zap could retire a page.
     of: PhantomData<fn() -> S>,
@@ -68,11 +80,12 @@ impl<S> fmt::Debug for Retired<S> {
 
 impl<S> Retired<S> {
     fn none() -> Self {
-        Self { tables: [Pfn::new(0); RETIRED], count: 0, of: PhantomData }
+        let none = RetiredTable { first: Pfn::new(0), pages: 0 };
+        Self { tables: [none; RETIRED], count: 0, of: PhantomData }
     }
 
-    /// Their frames.
-    pub fn tables(&self) -> &[Pfn] {
+    /// Where they lie.
+    pub fn tables(&self) -> &[RetiredTable] {
         &self.tables[..self.count]
     }
 }
@@ -156,6 +169,29 @@ impl<'m, S: SecondaryMmu> ZapWalk<'m, S> {
         counters.lock_wait_ns.fetch_add(S::Platform::now_ns().saturating_sub(started), Ordering::Relaxed);
     }
 
+    /// Runs `replace`, which puts new roots in the place of the old, and returns when no vCPU uses those, nor anything that it
+    /// has cached: each has been asked to reload before it enters the guest again.
+    pub fn replace_roots(&mut self, replace: impl FnOnce()) {
+        let early = mutation::active(Mutation::ReloadBeforeSwap);
+        if early {
+            self.reload();
+        }
+        replace();
+        if !early {
+            self.reload();
+        }
+        self.mmu.counters.reloads.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn reload(&mut self) {
+        if mutation::active(Mutation::ReloadLeftOut) {
+            return;
+        }
+        let mmu = self.mmu;
+        mmu.vcpus.request_and_wait(Requests::RELOAD_ROOTS, |vcpu| mmu.secondary().kick(vcpu));
+        self.unflushed = Flush::NOTHING;
+    }
+
     /// Flushes (rule F1), gives up the lock, and frees what was unlinked.
     pub(crate) fn finish(mut self) {
         if !mutation::active(Mutation::BeginWithoutFlush) {
@@ -207,6 +243,9 @@ impl<S: SecondaryMmu> Steps<'_, '_, S> {
                 counters.zapped_frames.fetch_add(frames, Ordering::Relaxed);
                 counters.flushes.fetch_add(1, Ordering::Relaxed);
             }
+            Zapped::Unused(frames) => {
+                counters.zapped_frames.fetch_add(frames, Ordering::Relaxed);
+            }
         }
         let is_full = self.retired.count == RETIRED;
         if is_full || !done.is_empty() && self.is_break_wanted() { Turn::GiveWay } else { Turn::GoOn }
@@ -237,7 +276,7 @@ impl<S: SecondaryMmu> Steps<'_, '_, S> {
         self.mmu.invalidations().covers(gfns)
     }
 
-    /// Table pages that [`retire`](Self::retire) still takes before the next step. An invalidation that may not block
+    /// Tables that [`retire`](Self::retire) still takes before the next step. An invalidation that may not block
     /// cannot wait for walkers, and takes none.
     pub fn room(&self) -> usize {
         match self.blocking {
@@ -246,18 +285,18 @@ impl<S: SecondaryMmu> Steps<'_, '_, S> {
         }
     }
 
-    /// Takes a table page that was unlinked, and that translated `gfns`. It is freed
-    /// ([`SecondaryMmu::free_tables`]) after a flush, when everyone has moved on who could still walk it.
+    /// Takes a table that was unlinked, and of which CPUs may still hold what `cached` says. It is freed
+    /// ([`SecondaryMmu::free_tables`]) after a flush of that, when everyone has moved on who could still walk it.
     ///
     /// # Panics
     /// If there is no [`room`](Self::room).
-    pub fn retire(&mut self, table: Pfn, gfns: GfnRange) {
+    pub fn retire(&mut self, table: RetiredTable, cached: Flush) {
         assert!(self.room() > 0, "more tables were retired than there is room for");
         self.retired.tables[self.retired.count] = table;
         self.retired.count += 1;
         if !mutation::active(Mutation::FreeWithoutFlush) {
             let keeps = mutation::active(Mutation::FlushKeepsTables);
-            self.owe(if keeps { Flush::of(gfns) } else { Flush::with_tables(gfns) });
+            self.owe(if keeps { Flush::of(cached.translations) } else { cached });
         }
     }
 

@@ -3,8 +3,8 @@
 //! What only a rare schedule shows (fences, orderings, wake-ups, the lock) is left to loom, which does the same to its
 //! models: `EndCountFirst`, `ReaderWithoutFence`, `WaitWithoutMark`, `EnterWithoutFence`, `RequestWithoutFence`,
 //! `ReaderIgnoresWriter`, `WriterIgnoresReaders`, `AnnounceWithoutFence`, `ClearWithoutFence`, `DrainWithoutFence`,
-//! `FreeWithoutQuiescence`, `FlushWidenedLate`, and all of the `…WithoutWake` and `…Relaxed`. The `Discard…` and `Evict…` belong to the crate that
-//! owns the pages.
+//! `FreeWithoutQuiescence`, `FlushWidenedLate`, `ReloadBeforeSwap`, and all of the `…WithoutWake` and `…Relaxed`. The
+//! `Discard…` and `Evict…` belong to the crate that owns the pages, `FlushKeepsTables` and `ReloadLeftOut` to the one that has tables.
 #![cfg(not(loom))]
 
 #[expect(dead_code, reason = "only some scenarios are about a rule that can be switched off")]

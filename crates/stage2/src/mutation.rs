@@ -14,6 +14,8 @@ pub enum Mutation {
     RemovedTableThaws = 1,
     /// A removed table is freed at once (rule F3).
     FreeAtOnce,
+    /// What is below a root that was replaced is freed before vCPUs have reloaded.
+    FreeBeforeReload,
     /// A large leaf is split in one exchange where the architecture demands break-before-make.
     SplitWithoutBreak,
     /// A table is collapsed while installs and changes go on in it.

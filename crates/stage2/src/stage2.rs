@@ -12,6 +12,7 @@
 //! | `fast_fault` | more permission for a present leaf: loses to any zap, so needs no verdict |
 //! | `zap` | leaf to absent; or write-protected, see `stage2/zap.rs` |
 //! | `zap_slot` | the same, and tables that are within the slot are unlinked and freed |
+//! | `replace_roots` | another root; what is below the old one goes, see `stage2/roots.rs` |
 //! | `split_large`, `split_around`, `recover_large` | a large leaf to a table, and back |
 //! | `recover_nx_huge_pages` | tables of blocks that were fetched from are unlinked and freed: see `stage2/nx.rs` |
 //! | `age` | the mark away |
@@ -22,11 +23,12 @@
 
 mod large;
 mod nx;
+mod roots;
 mod size;
 mod zap;
 
 use self::nx::NxBlocks;
-use self::zap::Faults;
+use self::zap::{Faults, Of};
 
 use alloc::boxed::Box;
 use core::fmt;
@@ -34,8 +36,8 @@ use core::num::NonZeroU32;
 
 use afterimage_mmu::{
     Access, Age, CachedMmio, FastFault, Fault, FaultKind, Found, Fresh, Gfn, GfnRange, MachineId, Mapped,
-    Memslot, PageRef, PageSize, Pfn, Platform, Retired, SecondaryMmu, SlotFlags, SpaceId, Walker, Walking,
-    Young, Zap, ZapWalk,
+    Memslot, PageRef, PageSize, Pfn, Platform, Retired, SecondaryMmu, SlotFlags, SlotSet, SpaceId, Walker,
+    Walking, Young, Zap, ZapWalk,
 };
 
 use crate::format::{Execute, Format, Leaf, MemoryType, Writable};
@@ -63,6 +65,9 @@ pub trait Host: Send + Sync {
     fn block(&self, _pfn: Pfn) -> PageSize {
         PageSize::Size4K
     }
+
+    /// A translation of `gfns` goes with its root, whose mark says that they were used since it was taken away. The pages stay.
+    fn note_used(&self, _space: SpaceId, _gfns: GfnRange) {}
 
     /// Whether some frames of `gfns` are private and some shared, so that no one leaf may map them all. Asked under the
     /// witness: whoever changes an attribute does so within an invalidation of every block around it.
@@ -140,7 +145,8 @@ impl<F: Format, H: Host> Stage2<F, H> {
         self.spaces.get(usize::from(space.0))
     }
 
-    /// The first frame of the root of address space `space`, for the register that hardware walks from.
+    /// The first frame of the root of address space `space`, for the register that hardware walks from. To be asked again when
+    /// a reload was requested.
     pub fn root(&self, space: SpaceId) -> Option<Pfn> {
         self.spaces.get(usize::from(space.0)).map(Tables::root)
     }
@@ -288,9 +294,14 @@ impl<F: Format, H: Host> SecondaryMmu for Stage2<F, H> {
             // A slot that moves takes its log with it.
             self.zap_leaves(slot, slot.gfns(), Zap::Unmap, walk);
         }
-        self.zap_tables(slot, slot.gfns(), F::ROOT_LEVEL, Faults::Excluded, walk);
+        let of = Of::Space(slot.space);
+        self.zap_tables(&of, slot.gfns(), F::ROOT_LEVEL, Faults::Excluded, walk);
         // Leaves in tables that reach beyond the slot.
         self.zap_leaves(slot, slot.gfns(), Zap::Unmap, walk);
+    }
+
+    fn replace_roots(&self, slots: &SlotSet, walk: &mut ZapWalk<'_, Self>) -> bool {
+        self.replace_each(slots, walk)
     }
 
     fn clean(

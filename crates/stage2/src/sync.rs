@@ -14,6 +14,7 @@
 //! | entry | table for leaf, leaf for table | Release | a walk's Acquire: who follows the link finds the parts, who reads the leaf the pages | `ReplaceRelaxed` |
 //! | entry | make again what was broken | Release | the same | `PublishRelaxed` |
 //! | entry | unlink a table | Relaxed | nothing: who frees the table waits for the walkers | |
+//! | root | replace | AcqRel | a walk's Acquire: who finds the new root sees it zeroed | |
 //! | counts of tables | all | Relaxed | nothing: they are a limit and a statistic | |
 //! | blocks that were fetched from | all | Relaxed | nothing: what they say is looked up in the tables | |
 //!

@@ -58,11 +58,13 @@ mod walk;
 
 use core::fmt;
 use core::marker::PhantomData;
+use core::mem::ManuallyDrop;
 
 use afterimage_mmu::{Gfn, GfnRange, Level, Pfn};
 
 use crate::format::Format;
 use crate::memory::{TableCache, TableMemory};
+use crate::sync::{Ordering, Word};
 
 pub use error::MapError;
 pub(crate) use reach::TableRef;
@@ -70,16 +72,20 @@ pub use remove::Removed;
 pub use split::Split;
 pub use walk::{Translation, Walked};
 
+/// In tables whose root was taken away.
+const NO_ROOT: u64 = u64::MAX;
+
 /// Stage-2 tables of one address space, in format `F`, in memory `M`.
 pub struct Tables<F: Format, M: TableMemory> {
     memory: M,
-    root: Pfn,
+    /// The frame of the root, or [`NO_ROOT`].
+    root: Word,
     format: PhantomData<F>,
 }
 
 impl<F: Format, M: TableMemory> fmt::Debug for Tables<F, M> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Tables").field("format", &F::NAME).field("root", &self.root).finish_non_exhaustive()
+        f.debug_struct("Tables").field("format", &F::NAME).field("root", &self.root()).finish_non_exhaustive()
     }
 }
 
@@ -87,14 +93,28 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
     /// Empty tables; `None` if `memory` has no room for the root, or gives one that hardware could not be told of.
     pub fn new(memory: M) -> Option<Self> {
         let root = memory.allocate(F::ROOT_PAGES)?;
-        let tables = Self { memory, root, format: PhantomData };
+        let tables = Self { memory, root: Word::new(root.as_u64()), format: PhantomData };
         // Checked with the structure complete, so that a root out of reach is freed.
         F::encode_table(root).is_ok().then_some(tables)
     }
 
-    /// The root's first frame, for the register that hardware walks from.
+    /// Empty tables in the same memory; `None` if that has no room.
+    pub(crate) fn empty_like(&self) -> Option<Self> {
+        Self::new(self.memory.clone())
+    }
+
+    /// The root's first frame, for the register that hardware walks from until it is replaced.
+    #[inline]
     pub fn root(&self) -> Pfn {
-        self.root
+        Pfn::new(self.root.load(Ordering::Acquire))
+    }
+
+    /// Gives these tables the root of `other`, which has all that they had until now.
+    ///
+    /// Who walks may go on below the old root: `other` may be dropped when that has been [taken](Self::take_root), or when every
+    /// borrow of these tables has ended that was alive at the exchange.
+    pub(crate) fn exchange_roots(&self, other: &mut ManuallyDrop<Self>) {
+        *other.root.get_mut() = self.root.swap(*other.root.get_mut(), Ordering::AcqRel);
     }
 
     /// The guest frames that the tables reach.

@@ -17,6 +17,9 @@ macro_rules! every_format {
                 large::huge_pages, large::split_and_recover, large::faults_split, large::mixed_blocks, large::never_executable, large::recovered_never_executable,
                 large::neighbours_are_verified, large::marks_are_kept, large::flushes_say_what_went, large::tables_outlive_walks,
                 nx::recovered, nx::logged_blocks_stay, nx::gone_blocks, nx::recovered_under_fire,
+                roots::nothing_is_left, roots::a_large_root_goes_in_steps, roots::who_is_in_the_guest_reloads_first,
+                roots::old_roots_outlive_walks, roots::marks_outlive_roots, roots::without_memory_roots_stay,
+                roots::replaced_under_fire,
                 dirty::rounds, dirty::rounds_flush, dirty::by_hand, dirty::all_set, dirty::rings, dirty::written_and_gone, dirty::by_marks,
                 dirty::copies_by_protection, dirty::copies_by_marks, dirty::copies_by_ring);
         })*

@@ -210,7 +210,7 @@ fn free<F: Format>(tables: &Tables<F, HeapMemory>, table: Option<Pfn>) {
     let table = table.expect("nothing is in the way of one thread alone");
     // SAFETY: (1) it was unlinked just now; (2) nothing but this thread translates by the tables; (3) it holds nothing of
     // theirs.
-    unsafe { tables.free(table) };
+    unsafe { tables.free(table, 1) };
 }
 
 fn check_against_model<F: Format>(ops: &[Op]) {

@@ -14,7 +14,7 @@ use afterimage_mmu::mutation as engine;
 use afterimage_stage2::mutation::{self, Mutation};
 use afterimage_stage2::{Npt, Vmsa};
 
-use scenarios::{dirty, frozen, large, nx};
+use scenarios::{dirty, frozen, large, nx, roots};
 
 type X86 = Npt<4>;
 /// Needs break-before-make.
@@ -51,6 +51,13 @@ rules! {
     tables_are_freed_after_the_last_walk: FreeAtOnce of tables is noticed by large::tables_outlive_walks::<X86>;
     the_engine_waits_for_walks: FreeWithoutQuiescence of engine is noticed by large::tables_outlive_walks::<X86>;
     pointers_to_tables_are_flushed: FlushKeepsTables of engine is noticed by large::flushes_say_what_went::<X86>;
+    an_old_root_is_reloaded: ReloadLeftOut of engine is noticed by
+        roots::who_is_in_the_guest_reloads_first::<X86>, roots::replaced_under_fire::<X86>;
+    an_old_root_is_freed_after_the_reload: FreeBeforeReload of tables is noticed by
+        roots::who_is_in_the_guest_reloads_first::<X86>;
+    an_old_root_is_freed_after_the_last_walk: FreeWithoutQuiescence of engine is noticed by
+        roots::old_roots_outlive_walks::<X86>;
+    an_old_root_keeps_marks: ZapLosesDirty of tables is noticed by roots::marks_outlive_roots::<X86>;
     a_split_breaks_first: SplitWithoutBreak of tables is noticed by
         large::split_and_recover::<Arm>, large::faults_split::<Arm>, frozen::zaps_wait::<Arm>;
     a_split_keeps_marks: SplitLosesDirty of tables is noticed by

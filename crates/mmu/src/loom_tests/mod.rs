@@ -14,6 +14,7 @@ mod handshake;
 mod intent;
 mod invalidation;
 mod lock;
+mod roots;
 mod sections;
 
 use alloc::sync::Arc;

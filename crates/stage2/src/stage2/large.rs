@@ -135,7 +135,7 @@ impl<F: Format, H: Host> Stage2<F, H> {
                     tables.collapse(gfns.start, size, most, |gfns| steps.flush_now(Flush::with_tables(gfns)))
                 && let Some(table) = removed.table
             {
-                self.retire(&mut steps, table, gfns);
+                self.retire(&mut steps, table, Flush::with_tables(gfns));
             }
             if steps.step(gfns, Zapped::Nothing) == Turn::GiveWay {
                 return Turn::GiveWay;

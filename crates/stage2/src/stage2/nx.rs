@@ -30,7 +30,7 @@ use core::num::NonZeroU32;
 
 use afterimage_mmu::{Gfn, GfnRange, Memslot, PageSize, SlotFlags, SpaceId, ZapWalk};
 
-use super::zap::Faults;
+use super::zap::{Faults, Of};
 use super::{Host, LargeExecute, Stage2};
 use crate::format::Format;
 use crate::mutation::{self, Mutation};
@@ -155,7 +155,8 @@ impl<F: Format, H: Host> Stage2<F, H> {
                 && (self.may_recover(slot, block.start, block.size, block.size)
                     || mutation::active(Mutation::RecoverLogged))
             {
-                self.zap_tables(slot, block.gfns(), block.size.level(), Faults::GoOn, walk);
+                let of = Of::Space(block.space);
+                self.zap_tables(&of, block.gfns(), block.size.level(), Faults::GoOn, walk);
                 recovered += 1;
             }
         }

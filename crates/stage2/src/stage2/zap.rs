@@ -12,12 +12,34 @@
 //!
 //! Source: Linux `tdp_mmu_zap_leafs`, `tdp_mmu_zap_root`, `wrprot_gfn_range`.
 
-use afterimage_mmu::{Flush, GfnRange, Level, Memslot, Pfn, Retired, Steps, Turn, Zap, ZapWalk, Zapped};
+use afterimage_mmu::{
+    Flush, GfnRange, Level, Memslot, Pfn, Retired, RetiredTable, SpaceId, Steps, Turn, Walking, Zap, ZapWalk,
+    Zapped,
+};
 
 use super::{Host, Stage2};
 use crate::format::{Format, Writable};
 use crate::leaves::{Change, LeafEntry, Step};
+use crate::memory::TableMemory;
 use crate::mutation::{self, Mutation};
+use crate::tables::Tables;
+
+/// Whose leaves and tables are taken away.
+pub(super) enum Of<'t, F: Format, M: TableMemory> {
+    /// Those of an address space.
+    Space(SpaceId),
+    /// Those below a root that was replaced: no CPU uses them.
+    Replaced(&'t Tables<F, M>),
+}
+
+impl<F: Format, M: TableMemory> Of<'_, F, M> {
+    fn zapped(&self, frames: u64) -> Zapped {
+        match self {
+            Self::Space(_) => Zapped::Unflushed(frames),
+            Self::Replaced(_) => Zapped::Unused(frames),
+        }
+    }
+}
 
 /// Whether somebody may install translations while tables go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,7 +52,7 @@ pub(super) enum Faults {
 
 impl<F: Format, H: Host> Stage2<F, H> {
     pub(super) fn zap_leaves(&self, slot: &Memslot, gfns: GfnRange, zap: Zap, walk: &mut ZapWalk<'_, Self>) {
-        self.each_leaf(slot, gfns, walk, |entry, steps| {
+        self.each_leaf(&Of::Space(slot.space), gfns, walk, |entry, steps| {
             let (kept, before) = zap_leaf(entry, zap);
             let Change::Did(leaf) = before else { return before };
             // What is protected for the log is in it already.
@@ -53,7 +75,7 @@ impl<F: Format, H: Host> Stage2<F, H> {
         walk: &mut ZapWalk<'_, Self>,
         written: &mut dyn FnMut(GfnRange),
     ) {
-        self.each_leaf(slot, gfns, walk, |entry, _| match entry.clean() {
+        self.each_leaf(&Of::Space(slot.space), gfns, walk, |entry, _| match entry.clean() {
             Change::Did(leaf) if leaf.writable == Writable::Dirty => {
                 written(entry.gfns());
                 Change::Did(leaf)
@@ -66,15 +88,15 @@ impl<F: Format, H: Host> Stage2<F, H> {
 
     /// Changes leaf after leaf, and waits where one is frozen. What was done to CPUs' cached translations `change` says:
     /// nothing, if the leaf is [`Change::Gone`].
-    fn each_leaf(
+    pub(super) fn each_leaf(
         &self,
-        slot: &Memslot,
+        of: &Of<'_, F, H::Memory>,
         gfns: GfnRange,
         walk: &mut ZapWalk<'_, Self>,
         mut change: impl FnMut(&LeafEntry<'_, F>, &mut Steps<'_, '_, Self>) -> Change,
     ) {
         let mut left = gfns;
-        while self.some_leaves(slot, &mut left, walk, &mut change) == Turn::GiveWay {
+        while self.some_leaves(of, &mut left, walk, &mut change) == Turn::GiveWay {
             walk.give_way();
         }
     }
@@ -82,19 +104,19 @@ impl<F: Format, H: Host> Stage2<F, H> {
     /// Until nothing is left, or the walk has to give way.
     fn some_leaves(
         &self,
-        slot: &Memslot,
+        of: &Of<'_, F, H::Memory>,
         left: &mut GfnRange,
         walk: &mut ZapWalk<'_, Self>,
         change: &mut impl FnMut(&LeafEntry<'_, F>, &mut Steps<'_, '_, Self>) -> Change,
     ) -> Turn {
         let (walking, mut steps) = walk.parts();
-        let Some(tables) = self.tables(slot.space, walking) else { return Turn::GoOn };
+        let Some(tables) = self.tables_of(of, walking) else { return Turn::GoOn };
         let mut leaves = tables.leaves(*left);
         while let Some(step) = leaves.next() {
             let (done, zapped) = match step {
                 Step::Gap(gap) => (gap, Zapped::Nothing),
                 Step::Leaf(entry) => match change(&entry, &mut steps) {
-                    Change::Did(leaf) => (entry.gfns(), Zapped::Unflushed(leaf.size.frames())),
+                    Change::Did(leaf) => (entry.gfns(), of.zapped(leaf.size.frames())),
                     Change::Gone => (entry.gfns(), Zapped::Nothing),
                     Change::LookAgain => {
                         crate::sync::spin();
@@ -111,11 +133,10 @@ impl<F: Format, H: Host> Stage2<F, H> {
         Turn::GoOn
     }
 
-    /// Unlinks every table of a level below `top` within `gfns` of the slot. What an install links meanwhile stays, until the
-    /// next time.
+    /// Unlinks every table of a level below `top` within `gfns`. What an install links meanwhile stays, until the next time.
     pub(super) fn zap_tables(
         &self,
-        slot: &Memslot,
+        of: &Of<'_, F, H::Memory>,
         gfns: GfnRange,
         top: Level,
         faults: Faults,
@@ -123,7 +144,7 @@ impl<F: Format, H: Host> Stage2<F, H> {
     ) {
         for level in (1..top.number()).filter_map(Level::new) {
             let mut left = gfns;
-            while self.unlink_some(slot, &mut left, level, faults, walk) == Turn::GiveWay {
+            while self.unlink_some(of, &mut left, level, faults, walk) == Turn::GiveWay {
                 walk.give_way();
             }
         }
@@ -131,14 +152,14 @@ impl<F: Format, H: Host> Stage2<F, H> {
 
     fn unlink_some(
         &self,
-        slot: &Memslot,
+        of: &Of<'_, F, H::Memory>,
         left: &mut GfnRange,
         level: Level,
         faults: Faults,
         walk: &mut ZapWalk<'_, Self>,
     ) -> Turn {
         let (walking, mut steps) = walk.parts();
-        let Some(tables) = self.tables(slot.space, walking) else { return Turn::GoOn };
+        let Some(tables) = self.tables_of(of, walking) else { return Turn::GoOn };
         while steps.room() > 0
             && let Some(gfns) = tables.next_table(*left, level)
         {
@@ -149,9 +170,13 @@ impl<F: Format, H: Host> Stage2<F, H> {
             };
             let Some(removed) = tables.unlink(gfns.start, level, flush) else { continue };
             if let Some(table) = removed.table {
-                self.retire(&mut steps, table, gfns);
+                let cached = match of {
+                    Of::Space(_) => Flush::with_tables(gfns),
+                    Of::Replaced(_) => Flush::NOTHING,
+                };
+                self.retire(&mut steps, table, cached);
             }
-            let zapped = if removed.frames > 0 { Zapped::Unflushed(removed.frames) } else { Zapped::Nothing };
+            let zapped = if removed.frames > 0 { of.zapped(removed.frames) } else { Zapped::Nothing };
             if steps.step(gfns, zapped) == Turn::GiveWay {
                 return Turn::GiveWay;
             }
@@ -159,12 +184,23 @@ impl<F: Format, H: Host> Stage2<F, H> {
         Turn::GoOn
     }
 
-    pub(super) fn retire(&self, steps: &mut Steps<'_, '_, Self>, table: Pfn, gfns: GfnRange) {
+    fn tables_of<'w>(
+        &'w self,
+        of: &Of<'w, F, H::Memory>,
+        walking: Walking<'w>,
+    ) -> Option<&'w Tables<F, H::Memory>> {
+        match of {
+            Of::Space(space) => self.tables(*space, walking),
+            Of::Replaced(tables) => Some(tables),
+        }
+    }
+
+    pub(super) fn retire(&self, steps: &mut Steps<'_, '_, Self>, table: Pfn, cached: Flush) {
         if mutation::active(Mutation::FreeAtOnce) {
             self.free_at_once(table);
             return;
         }
-        steps.retire(table, gfns);
+        steps.retire(RetiredTable { first: table, pages: 1 }, cached);
     }
 }
 
@@ -192,11 +228,11 @@ mod freeing {
             // Every space has its tables in the same memory.
             let Some(tables) = self.spaces.first() else { return };
             for table in retired.tables() {
-                // SAFETY: (1) only `retire` above, and only of the walk of the engine that these tables are attached to,
-                // fills a `Retired` of this type, with what `unlink` and `collapse` gave; the engine gives it back once; (2)
+                // SAFETY: (1) only `retire` above, and `zap_replaced` for a root, and only of the walk of the engine that these
+                // tables are attached to, fill a `Retired` of this type, with what `unlink`, `collapse` and `take_root` gave; the engine gives it back once; (2)
                 // it has flushed, also CPUs' paging-structure caches, and (3) has waited for every `Walking` but
                 // those of `mmu_lock`, which the unlinking thread held for write. Borrows of tables end with their `Walking`.
-                unsafe { tables.free(*table) };
+                unsafe { tables.free(table.first, table.pages) };
             }
         }
 
@@ -204,7 +240,7 @@ mod freeing {
         pub(in crate::stage2) fn free_at_once(&self, table: Pfn) {
             let Some(tables) = self.spaces.first() else { return };
             // SAFETY: none. The rule is switched off, for a test whose memory keeps freed tables mapped.
-            unsafe { tables.free(table) };
+            unsafe { tables.free(table, 1) };
         }
     }
 }

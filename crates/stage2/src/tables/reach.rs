@@ -5,7 +5,7 @@
 
 use afterimage_mmu::{Gfn, GfnRange, Level, Mapped, Pfn};
 
-use super::{Tables, block};
+use super::{NO_ROOT, Tables, block};
 use crate::format::{Entry, Format};
 use crate::memory::{ENTRIES, TableMemory};
 use crate::mutation::{self, Mutation};
@@ -33,8 +33,8 @@ impl<'t, F: Format, M: TableMemory> TableRef<'t, F, M> {
         let start = tables.memory.entries(frame);
         // SAFETY: (1) the frame came from `allocate` of this memory, with as many entries: `link` and `split` alone
         // write links, to such frames, and what is not one of ours is not followed; (2) it is freed by `drop`, which no
-        // borrow of the tables outlives, or by `free`, whose caller knows that no borrow is left that could have found it;
-        // (3) entries are only ever used as atomics.
+        // borrow of the tables outlives (nor, after `exchange_roots`, one of those that had the root before), or by
+        // `free`, whose caller knows that no borrow is left that could have found it; (3) entries are only ever used as atomics.
         let entries = unsafe { core::slice::from_raw_parts::<AtomicU64>(start, entries) };
         Self { tables, entries, level }
     }
@@ -92,7 +92,7 @@ impl<'t, F: Format, M: TableMemory> TableRef<'t, F, M> {
 impl<F: Format, M: TableMemory> Tables<F, M> {
     #[inline]
     pub(crate) fn root_table(&self) -> TableRef<'_, F, M> {
-        TableRef::new(self, self.root, F::ROOT_PAGES * ENTRIES, F::ROOT_LEVEL)
+        TableRef::new(self, self.root(), F::ROOT_PAGES * ENTRIES, F::ROOT_LEVEL)
     }
 }
 
@@ -104,17 +104,17 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
         TableRef::new(self, page, ENTRIES, below)
     }
 
-    /// Frees a table that was unlinked.
+    /// Frees a table that was unlinked, of `pages` pages: one, but for a root.
     ///
     /// # Safety
     ///
-    /// (1) [`unlink`](Self::unlink) or [`collapse`](Self::collapse) of these tables gave `table`, and it was not freed
-    /// since; (2) every CPU was made to forget it; (3) every borrow of these tables has ended that was alive when it
+    /// (1) [`unlink`](Self::unlink) or [`collapse`](Self::collapse) of these tables gave `table`, or it is the whole of a root that
+    /// was taken from tables in the same memory, and it was not freed since; (2) every CPU was made to forget it; (3) every borrow of these tables has ended that was alive when it
     /// was unlinked.
-    pub unsafe fn free(&self, table: Pfn) {
-        // SAFETY: (1) a linked frame came from this memory as one page, and has one link; (2) it was unlinked, so that
+    pub unsafe fn free(&self, table: Pfn, pages: usize) {
+        // SAFETY: (1) a linked frame came from this memory as one page, and has one link, a root as so many; (2) it was unlinked, so that
         // whoever still could reach it had found it before: nobody, by the caller's (2) and (3).
-        unsafe { self.memory.free(table, 1) };
+        unsafe { self.memory.free(table, pages) };
     }
 }
 
@@ -135,9 +135,12 @@ fn free_below<F: Format, M: TableMemory>(table: TableRef<'_, F, M>) {
 
 impl<F: Format, M: TableMemory> Drop for Tables<F, M> {
     fn drop(&mut self) {
+        if *self.root.get_mut() == NO_ROOT {
+            return;
+        }
         free_below(self.root_table());
         // SAFETY: (1) `new` allocated it so; (2) nobody has the structure any more.
-        unsafe { self.memory.free(self.root, F::ROOT_PAGES) };
+        unsafe { self.memory.free(self.root(), F::ROOT_PAGES) };
     }
 }
 

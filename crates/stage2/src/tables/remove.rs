@@ -13,7 +13,7 @@ use afterimage_mmu::{Gfn, GfnRange, Level, Pfn};
 
 use super::freeze::publish;
 use super::reach::Place;
-use super::{Tables, entry_block};
+use super::{NO_ROOT, Tables, entry_block};
 use crate::format::{Entry, Format};
 use crate::memory::TableMemory;
 use crate::mutation::{self, Mutation};
@@ -88,6 +88,18 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
             Err(_) => child.thaw(child.entries().len(), nothing),
         }
         Some(Removed { gfns, frames, table: unlinked.is_ok().then_some(table) })
+    }
+
+    /// Takes the root away from tables that no CPU uses any more, and that are of no more use; `None`: a table is linked below
+    /// it (who had found the root before can still install). The root stays frozen.
+    pub(crate) fn take_root(&mut self) -> Option<Pfn> {
+        let root = self.root_table();
+        let frozen = root.freeze(|_, said| matches!(said, Entry::Absent | Entry::Mmio(_) | Entry::Leaf(_)));
+        if let Err(stopped) = frozen {
+            root.thaw(stopped.at, |_| F::ABSENT);
+            return None;
+        }
+        Some(Pfn::new(core::mem::replace(self.root.get_mut(), NO_ROOT)))
     }
 
     /// The entry that links, or would link, the table of `level` around `gfn`, or the one above at which the walk ends; and

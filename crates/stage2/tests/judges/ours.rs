@@ -154,7 +154,7 @@ fn free<F: Format>(tables: &Tables<F, HeapMemory>, table: Option<Option<Pfn>>) {
     if let Some(table) = table {
         let table = table.expect("nothing is in the way of one thread alone");
         // SAFETY: (1) it was unlinked just now; (2) and (3): nobody else translates by the tables.
-        unsafe { tables.free(table) };
+        unsafe { tables.free(table, 1) };
     }
 }
 

@@ -5,3 +5,4 @@ pub(crate) mod faults;
 pub(crate) mod frozen;
 pub(crate) mod large;
 pub(crate) mod nx;
+pub(crate) mod roots;

@@ -1,6 +1,7 @@
 //! A machine in memory: pages that say whose they are, tables of any format over the heap, and TLBs that remember until they
 //! are told.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -126,9 +127,18 @@ impl Host for Tests {
         self.block
     }
 
+    fn note_used(&self, _space: SpaceId, gfns: GfnRange) {
+        USED.with_borrow_mut(|used| used.push(gfns));
+    }
+
     fn is_mixed(&self, _space: SpaceId, gfns: GfnRange) -> bool {
         gfns.overlaps(self.mixed)
     }
+}
+
+thread_local! {
+    /// Frames whose marks of use went with a root that this thread replaced.
+    pub(crate) static USED: RefCell<Vec<GfnRange>> = const { RefCell::new(Vec::new()) };
 }
 
 pub(crate) type Mmu<F> = GuestMmu<Stage2<F, Tests>>;
@@ -230,6 +240,9 @@ pub(crate) type Tlb = HashMap<u64, (Pfn, Access)>;
 
 /// Serves what was requested of a vCPU: it forgets what it must, and nothing else.
 pub(crate) fn obey<F: Format>(vcpu: &Vcpu<'_, Stage2<F, Tests>>, tlb: &mut Tlb, requests: Requests) {
+    if requests.contains(Requests::RELOAD_ROOTS) {
+        tlb.clear();
+    }
     if requests.contains(Requests::FLUSH_TLB) {
         let flush = vcpu.take_flush();
         tlb.retain(|gfn, _| !flush.translations.contains(Gfn::new(*gfn)));
