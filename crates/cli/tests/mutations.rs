@@ -182,6 +182,22 @@ fn rules_of_tables_show_on_software() {
     }
 }
 
+/// Roots that are replaced while guests walk from them. A root that was freed leads nowhere: the vCPU ends.
+#[test]
+fn rules_of_roots_show_on_software() {
+    let _alone = alone();
+    for rule in ["reload-left-out", "free-before-reload"] {
+        for witness in ["lock", "intent"] {
+            let options: Vec<_> = SOFT
+                .iter()
+                .chain(&["--invalidate", "migrate,reload", "--witness", witness])
+                .copied()
+                .collect();
+            until_noticed(rule, &options, Noticed::WrongPageOrFailure);
+        }
+    }
+}
+
 /// The dirty log is compared with what was written. A run ends with the first difference.
 #[test]
 fn rules_of_the_dirty_log_show_on_software() {

@@ -88,7 +88,7 @@ fn large_pages_are_split_and_recovered() {
         for witness in ["lock", "intent"] {
             let memory = ["--page-size", "2m", "--memory", "16m", "--resident", "16m", "--pressure", "20"];
             let chosen = ["--format", format, "--witness", witness];
-            let all = ["--invalidate", "discard,protect,migrate,age,dirty,split,collapse"];
+            let all = ["--invalidate", "discard,protect,migrate,age,dirty,split,collapse,reload"];
             let options: Vec<_> = memory.into_iter().chain(chosen).chain(all).collect();
             good(&options, json!({ "witness": witness }));
         }
@@ -109,6 +109,20 @@ fn writes_are_logged_in_rings() {
         full += run.number("/faults/ring_full");
     }
     assert!(full > 0, "in none of the runs was a ring full");
+}
+
+#[test]
+fn roots_are_replaced_while_they_are_in_use() {
+    let _alone = alone();
+    for format in ["npt", "vmsa"] {
+        for witness in ["lock", "intent"] {
+            let chosen = ["--format", format, "--witness", witness];
+            let all = ["--invalidate", "evict,discard,migrate,age,dirty,reload"];
+            let options: Vec<_> = SMALL.into_iter().chain(chosen).chain(all).collect();
+            let run = good(&options, json!({ "witness": witness }));
+            assert!(run.number("/reloads") > 0, "{:#}", run.json);
+        }
+    }
 }
 
 #[test]

@@ -166,6 +166,21 @@ fn a_page_that_is_used_without_a_fault_gets_its_second_chance() {
     panic!("the others went nowhere");
 }
 
+/// Tables that give up their marks of use tell of them: the page is spared as if it had been used since.
+#[test]
+fn a_mark_of_use_that_is_told_of_counts() {
+    let machine = machine(4, 1);
+    for gfn in 0..4 {
+        let _ = machine.touch(gfn);
+    }
+    for _ in 0..3 {
+        let _ = machine.object.age(frames(0, FRAMES), Age::Clear);
+        machine.object.note_used(frames(2, 3));
+        assert_eq!(machine.object.reclaim().expect("memory").frames, 1);
+        assert_eq!(machine.object.state(Pfn::new(2)), Some(State::Resident));
+    }
+}
+
 #[test]
 fn only_pages_in_a_pool_migrate() {
     let object = MemoryObject::shared(ObjectOptions::new(FRAMES * FRAME_BYTES)).expect("memory");

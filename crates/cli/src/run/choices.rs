@@ -93,6 +93,8 @@ pub(crate) enum InvalidateChoice {
     Split,
     /// Small pages are mapped as large ones again (software guests, 2 MiB pages)
     Collapse,
+    /// All translations go at once, and vCPUs load another root (software guests)
+    Reload,
     /// Nothing
     None,
 }
@@ -109,7 +111,7 @@ pub(crate) enum DirtyChoice {
 impl InvalidateChoice {
     /// Whether it needs tables of our own.
     pub(super) const fn needs_soft(self) -> bool {
-        matches!(self, Self::Migrate | Self::Age | Self::Dirty | Self::Split | Self::Collapse)
+        matches!(self, Self::Migrate | Self::Age | Self::Dirty | Self::Split | Self::Collapse | Self::Reload)
     }
 
     /// Whether it has nothing to work on where all pages are small.
@@ -199,6 +201,10 @@ pub(super) enum BreakChoice {
     FlushForgetsLastFrame,
     /// Pointers to a table outlive the flush before it is freed
     FlushKeepsTables,
+    /// Roots are replaced and no vCPU reloads
+    ReloadLeftOut,
+    /// What is below an old root is freed before vCPUs have reloaded
+    FreeBeforeReload,
     /// A flush does not wait for the vCPUs that it kicks
     KickWithoutAck,
     /// A removed table is freed before the flush
@@ -231,6 +237,8 @@ impl BreakChoice {
             Self::YieldWithoutFlush => protocol::set(Some(Rule::YieldWithoutFlush)),
             Self::FlushForgetsLastFrame => protocol::set(Some(Rule::FlushForgetsLastFrame)),
             Self::FlushKeepsTables => protocol::set(Some(Rule::FlushKeepsTables)),
+            Self::ReloadLeftOut => protocol::set(Some(Rule::ReloadLeftOut)),
+            Self::FreeBeforeReload => tables::set(Some(TableRule::FreeBeforeReload)),
             Self::KickWithoutAck => protocol::set(Some(Rule::KickWithoutAck)),
             Self::FreeAtOnce => tables::set(Some(TableRule::FreeAtOnce)),
             Self::SplitWithoutBreak => tables::set(Some(TableRule::SplitWithoutBreak)),

@@ -48,6 +48,8 @@ pub(crate) trait Engine: fmt::Debug + Send + Sync {
     fn split(&self) -> Result<(), SlotError>;
     /// Maps it in large pages again, where it can.
     fn collapse(&self) -> Result<(), SlotError>;
+    /// Drops every translation, with the roots, once.
+    fn reload(&self);
 }
 
 impl<S: SecondaryMmu> Engine for GuestMmu<S> {
@@ -96,6 +98,10 @@ impl<S: SecondaryMmu> Engine for GuestMmu<S> {
 
     fn collapse(&self) -> Result<(), SlotError> {
         self.recover_large_pages(SpaceId(0), SLOT)
+    }
+
+    fn reload(&self) {
+        self.zap_all();
     }
 }
 

@@ -31,6 +31,8 @@ const AGE_PARTS: u64 = 16;
 /// How often all large pages are split, and recovered: out of step.
 const SPLIT_EVERY: Duration = Duration::from_millis(7);
 const COLLAPSE_EVERY: Duration = Duration::from_millis(11);
+/// How often all translations go at once.
+const RELOAD_EVERY: Duration = Duration::from_millis(23);
 /// Checkpoints a second, and how much of memory each takes: all of it in about four seconds.
 const CHECKPOINT_EVERY: Duration = Duration::from_millis(250);
 const CHECKPOINT_PARTS: u64 = 16;
@@ -141,6 +143,12 @@ impl Pressure {
                 }
                 InvalidateChoice::Collapse => pressure
                     .spawn("collapse", move || every(&reach, COLLAPSE_EVERY, || reach.engine.collapse()))?,
+                InvalidateChoice::Reload => pressure.spawn("reload", move || {
+                    every(&reach, RELOAD_EVERY, || {
+                        reach.engine.reload();
+                        Ok(())
+                    })
+                })?,
                 InvalidateChoice::None => {}
             }
         }

@@ -28,6 +28,7 @@ pub(crate) struct RunReport {
     invalidations: Invalidations,
     dirty_log: DirtyReport,
     zapped_frames: u64,
+    reloads: u64,
     flushes: u64,
     yields: u64,
     lock_wait_ns: LockWait,
@@ -180,6 +181,7 @@ impl RunReport {
             },
             dirty_log: dirty,
             zapped_frames: invalidations.zapped_frames,
+            reloads: invalidations.reloads,
             flushes: invalidations.flushes,
             yields: invalidations.yields,
             lock_wait_ns: LockWait { faults: faults.lock_wait_ns, invalidations: invalidations.lock_wait_ns },
@@ -305,6 +307,9 @@ impl Display for RunReport {
                 show_count(epochs)
             );
             row(f, "dirty log", &text)?;
+        }
+        if self.reloads > 0 {
+            row(f, "roots replaced", &format!("{} times", show_count(self.reloads)))?;
         }
         row(f, "flushes / yields", &format!("{} / {}", show_count(self.flushes), show_count(self.yields)))?;
         let waits = format!(

@@ -1,10 +1,12 @@
 //! A guest on software vCPUs: stage-2 tables that they walk, and memory in frames of a pool.
 
 use std::ptr::NonNull;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use afterimage_memory::{FramePool, MemoryObject, ObjectPage};
-use afterimage_mmu::{FRAME_BYTES, Gfn, GuestMmu, Hva, Memslot, Notifier, PageSize, Pfn};
+use afterimage_mmu::{
+    FRAME_BYTES, Gfn, GfnRange, GuestMmu, Hva, Memslot, Notifier, PageSize, Pfn, PfnRange, SpaceId,
+};
 use afterimage_stage2::{Ept4, Ept5, Npt4, Npt5, Stage2, Sv39x4, Sv48x4, Vmsa};
 use afterimage_uffd::Linux;
 use afterimage_vm::{Guest, GuestMemory, Hardware, PhysicalMemory, SoftMachine, TablePool};
@@ -25,6 +27,8 @@ const RING_ENTRIES: usize = 128;
 
 /// What the tables run on.
 struct SoftHost {
+    /// The memory object, which has the tables as one of those that it tells.
+    object: Weak<MemoryObject>,
     /// What pages of the object are made of: contiguous, aligned, and they come and go as a whole.
     page_size: PageSize,
 }
@@ -36,6 +40,13 @@ impl afterimage_stage2::Host for SoftHost {
 
     fn block(&self, _pfn: Pfn) -> PageSize {
         self.page_size
+    }
+
+    fn note_used(&self, _space: SpaceId, gfns: GfnRange) {
+        if let Some(object) = self.object.upgrade() {
+            // The memory's frames are the guest's.
+            object.note_used(PfnRange::new(Pfn::new(gfns.start.as_u64()), Pfn::new(gfns.end.as_u64())));
+        }
     }
 }
 
@@ -86,7 +97,7 @@ impl Soft {
         let frames = Arc::clone(object.pool().expect("it was made with a pool"));
         let all = plan.memory / FRAME_BYTES;
         let tables = TablePool::new(all)?;
-        let host = SoftHost { page_size: plan.page_size };
+        let host = SoftHost { object: Arc::downgrade(&object), page_size: plan.page_size };
         let stage2: Stage2<F, SoftHost> =
             Stage2::new(host, tables.clone(), 1, plan.page_size).context("there is no memory for tables")?;
         let mmu = Arc::new(GuestMmu::new(stage2, plan.policy));

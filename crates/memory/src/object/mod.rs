@@ -284,6 +284,17 @@ impl MemoryObject {
         })
     }
 
+    /// Marks the resident pages of `frames` as used: for a secondary MMU that gives up its own marks of it, while the pages stay.
+    ///
+    /// # Panics
+    /// If `frames` is empty, or not of the object.
+    pub fn note_used(&self, frames: PfnRange) {
+        let last = self.index(Pfn::new(frames.end.as_u64() - 1));
+        for page in &self.pages[self.index(frames.start)..=last] {
+            page.touch_resident();
+        }
+    }
+
     /// What was counted so far.
     pub fn stats(&self) -> ObjectStats {
         let page = self.page_size.bytes();
