@@ -1,29 +1,56 @@
-//! The count of active notifier events, and the swap that waits until it is 0.
+//! The counts of active notifier events, and the swap of the memslots that waits for those that know only the old ones.
 //!
 //! # States of the one word
 //!
-//! Count of events between their start and their end (step 4); `SWAPPING` while an updater, alone, publishes a slot
-//! set; `PARKED` when someone sleeps on the word.
+//! Two counts of events between their start and their end (step 4), of which new events join one; `SECOND` says which;
+//! `PARKED` when someone sleeps on the word.
 //!
-//! An event may start whenever nobody is swapping, and pins the slot set from start to end. The updater goes to
-//! `SWAPPING` only from a count of 0. It is a count and not a lock on purpose: events nest, also in one thread, and
-//! one that may not block must not queue behind an updater. The price is KVM's too: a stream of
-//! overlapping events can hold a memslot update back.
+//! An event may start at any time, whatever others do: events nest, also in one thread, and one that may not block must
+//! not queue behind an updater. It pins what it found at its start, and an updater waits for it by turning to the other count and
+//! waiting until the one before is 0. So no stream of overlapping events holds an update back: it waits twice, each time
+//! for the events that are active then, and for none that comes later.
 //!
-//! Source: Linux `mn_active_invalidate_count`, `mn_memslots_update_rcuwait`, `kvm_swap_active_memslots`.
+//! | step of the updater | events that start from here on |
+//! |---|---|
+//! | announce the slots to come | may know them |
+//! | turn, wait | know them, and cover their frames as well as those of the slots that are |
+//! | publish them | find them alone |
+//! | turn, wait | nobody knows the old ones |
+//!
+//! Source: Linux `mn_active_invalidate_count`, `mn_memslots_update_rcuwait`, `kvm_swap_active_memslots`, where the swap waits until no
+//! event is active; the two counts are `srcu`'s.
 
 use crate::mutation::{self, Mutation};
 use crate::platform::Platform;
 use crate::sync::{AtomicU32, Ordering};
 use core::marker::PhantomData;
 
-const SWAPPING: u32 = 1;
-const PARKED: u32 = 2;
-const ONE: u32 = 4;
+const PARKED: u32 = 1;
+const SECOND: u32 = 2;
+const FIRST_ONE: u32 = 1 << 2;
+const SECOND_ONE: u32 = 1 << 17;
+/// Most events that one count holds.
+const MOST: u32 = (1 << 15) - 1;
 
 pub(crate) struct ActiveEvents<P> {
     word: AtomicU32,
     platform: PhantomData<fn() -> P>,
+}
+
+/// An event that has started: which count it is in.
+#[must_use = "an event that started must end"]
+pub(crate) struct Event {
+    one: u32,
+}
+
+/// What an event adds that joins now.
+fn one_of(word: u32) -> u32 {
+    if word & SECOND == 0 { FIRST_ONE } else { SECOND_ONE }
+}
+
+/// The events in the count of `one`.
+fn count(word: u32, one: u32) -> u32 {
+    (word / one) & MOST
 }
 
 impl<P: Platform> ActiveEvents<P> {
@@ -31,56 +58,63 @@ impl<P: Platform> ActiveEvents<P> {
         Self { word: AtomicU32::new(0), platform: PhantomData }
     }
 
-    /// An event starts: from here to its end no slot set is swapped.
-    pub(crate) fn start(&self) {
+    /// An event starts: from here to its end no slot set goes that it can find.
+    pub(crate) fn start(&self) -> Event {
         let mut seen = self.word.load(Ordering::Relaxed);
         loop {
-            if seen & SWAPPING != 0 {
+            let one = one_of(seen);
+            if count(seen, one) == MOST {
                 seen = self.park(seen);
                 continue;
             }
-            match self.word.compare_exchange_weak(seen, seen + ONE, Ordering::Acquire, Ordering::Relaxed) {
-                Ok(_) => return,
+            match self.word.compare_exchange_weak(seen, seen + one, Ordering::Acquire, Ordering::Relaxed) {
+                Ok(_) => return Event { one },
                 Err(now) => seen = now,
             }
         }
     }
 
     /// An event ends.
-    pub(crate) fn end(&self) {
-        let before = self.word.fetch_sub(ONE, Ordering::Release);
-        if before == ONE | PARKED && !mutation::active(Mutation::EventWithoutWake) {
+    pub(crate) fn end(&self, event: &Event) {
+        let before = self.word.fetch_sub(event.one, Ordering::Release);
+        let is_awaited = matches!(count(before, event.one), 1 | MOST) && before & PARKED != 0;
+        if is_awaited && !mutation::active(Mutation::EventWithoutWake) {
             P::wake_all(&self.word);
         }
     }
 
-    /// Waits until no event is active and runs `publish` while none can start.
-    pub(crate) fn drained<R>(&self, publish: impl FnOnce() -> R) -> R {
-        if mutation::active(Mutation::SwapWithoutDrain) {
-            return publish();
-        }
-        let mut seen = self.word.load(Ordering::Acquire);
-        loop {
-            if seen & !PARKED != 0 {
-                seen = self.park(seen);
-                continue;
-            }
-            match self.word.compare_exchange_weak(seen, SWAPPING, Ordering::Acquire, Ordering::Acquire) {
-                Ok(_) => break,
-                Err(now) => seen = now,
-            }
+    /// Runs `publish` when every event has ended that started before this; returns when every one has ended that started before
+    /// it was run. The caller holds what makes updates take turns.
+    pub(crate) fn swapped<R>(&self, publish: impl FnOnce() -> R) -> R {
+        if !mutation::active(Mutation::SwapWithoutDrain) {
+            self.drain();
         }
         let result = publish();
-        if self.word.swap(0, Ordering::Release) & PARKED != 0 {
-            P::wake_all(&self.word);
+        if !mutation::active(Mutation::SlotsFreedUnderEvents) {
+            self.drain();
         }
         result
+    }
+
+    /// Waits until every event has ended that is active now.
+    fn drain(&self) {
+        // Release: who joins the other count knows what was announced, or published. Acquire: those that have ended.
+        let before = self.word.fetch_xor(SECOND, Ordering::AcqRel);
+        let one = one_of(before);
+        let mut seen = before ^ SECOND;
+        while count(seen, one) != 0 {
+            seen = self.park(seen);
+        }
+        if self.word.fetch_and(!PARKED, Ordering::Relaxed) & PARKED != 0 {
+            // Others may have slept beside.
+            P::wake_all(&self.word);
+        }
     }
 
     /// Sleeps until the word is no longer `seen`; returns what it is then.
     fn park(&self, seen: u32) -> u32 {
         let marked = seen | PARKED;
-        match self.word.compare_exchange(seen, marked, Ordering::Relaxed, Ordering::Relaxed) {
+        match self.word.compare_exchange(seen, marked, Ordering::Acquire, Ordering::Acquire) {
             Ok(_) => {
                 P::wait(&self.word, marked);
                 self.word.load(Ordering::Acquire)

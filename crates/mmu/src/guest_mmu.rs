@@ -103,6 +103,8 @@ pub struct GuestMmu<S: SecondaryMmu> {
     secondary: S,
     pub(crate) policy: Policy,
     slots: CachePadded<AtomicPtr<SlotSet>>,
+    /// The set that is to be published next, for those who start an event meanwhile; else the one that is.
+    coming: AtomicPtr<SlotSet>,
     pub(crate) updates: Shared<S::Platform, ()>,
     /// Bumped by every end, for those who wait for one. Bit 0: someone does.
     ended: CachePadded<ParkWord>,
@@ -130,6 +132,7 @@ impl<S: SecondaryMmu> GuestMmu<S> {
     pub fn new(mut secondary: S, policy: Policy) -> Self {
         let lock = MmuLock::with(policy.scope, policy.coverage);
         secondary.attach(lock.invalidations().machine());
+        let slots = Box::into_raw(SlotSet::empty());
         Self {
             lock,
             vcpus: VcpuWords::new(policy.barrier),
@@ -137,7 +140,8 @@ impl<S: SecondaryMmu> GuestMmu<S> {
             counters: CachePadded(InvalidationCounters::new()),
             secondary,
             policy,
-            slots: CachePadded(AtomicPtr::new(Box::into_raw(SlotSet::empty()))),
+            slots: CachePadded(AtomicPtr::new(slots)),
+            coming: AtomicPtr::new(slots),
             updates: Shared::new(()),
             ended: CachePadded(ParkWord::new(0)),
             released: AtomicU32::new(0),
@@ -354,26 +358,42 @@ mod published {
             Section { word, set, tables: PhantomData }
         }
 
-        /// The slot set, for a caller that keeps it from being swapped: the holder of `updates`, or of an active event.
+        /// The slot set, for a caller that keeps it from going: the holder of `updates`, or of an active event.
         pub(crate) fn slot_set(&self) -> &SlotSet {
-            // SAFETY: (1) as above; (2) only the holder of `updates` swaps, and only while no event is active; both
-            // kinds of caller use the reference no longer than they keep the set in place.
+            // SAFETY: (1) as above; (2) only the holder of `updates` frees a set, when every event has ended that could
+            // have found it; both kinds of caller use the reference no longer than they keep the set in place.
             unsafe { &*self.slots.load(Ordering::Acquire) }
         }
 
-        /// Publishes `next`. The caller holds `updates`. Returns when no fault can see the previous set.
+        /// The set that is to come, if there is one, for the holder of an active event.
+        ///
+        /// Read before [`slot_set`](Self::slot_set): what is published meanwhile, an event knows that started meanwhile.
+        pub(crate) fn coming_set(&self) -> Option<&SlotSet> {
+            let coming = self.coming.load(Ordering::Acquire);
+            if coming == self.slots.load(Ordering::Acquire) || mutation::active(Mutation::ComingSlotsMissed) {
+                return None;
+            }
+            // SAFETY: (1) the pointer came from `Box::into_raw`; (2) it is freed by the update after the one that it was
+            // announced by, which waits for this event, as for `slot_set`.
+            Some(unsafe { &*coming })
+        }
+
+        /// Publishes `next`. The caller holds `updates`. Returns when no fault and no event can see the previous set.
         pub(crate) fn replace(&self, next: Box<SlotSet>) {
             let next = Box::into_raw(next);
-            let old = self.active.drained(|| swap(&self.slots, next));
+            self.coming.store(next, Ordering::Release);
+            let old = self.active.swapped(|| swap(&self.slots, next));
             self.vcpus.wait_for_readers();
             // SAFETY: `next` came from `Box::into_raw` and is freed by a later `replace`, which needs `updates`.
             unsafe { &*next }.settle();
-            if cfg!(not(loom)) && mutation::active(Mutation::SwapWithoutReaders) {
+            let early = [Mutation::SwapWithoutReaders, Mutation::SlotsFreedUnderEvents];
+            if cfg!(not(loom)) && early.into_iter().any(mutation::active) {
                 // Somebody may use it still. The late install is what a test is to notice, not the crash.
                 return;
             }
             // SAFETY: (1) `old` came from `Box::into_raw`; (2) it is published no more; (3) every section that could
-            // have loaded it has been left; (4) no event was active at the swap, and later ones load `next`.
+            // have loaded it has been left; (4) every event has ended that started before the swap, and later ones load
+            // `next`.
             drop(unsafe { Box::from_raw(old) });
         }
     }

@@ -35,8 +35,12 @@ pub enum Mutation {
     InvertedSlotTest,
     /// The page is released after the lock is given up.
     ReleaseAfterUnlock,
-    /// A memslot update does not wait for active invalidations.
+    /// A memslot update does not wait for active invalidations that do not know the slots to come.
     SwapWithoutDrain,
+    /// An invalidation does not look at the memslots to come.
+    ComingSlotsMissed,
+    /// Memslots go while invalidations use them.
+    SlotsFreedUnderEvents,
     /// A memslot update does not wait for readers.
     SwapWithoutReaders,
     /// A reader enters its section without the full fence.

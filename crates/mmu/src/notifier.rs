@@ -5,7 +5,8 @@
 //!
 //! # Order inside a start
 //!
-//! 1. Count the event: memslots stay as they are from here to the end.
+//! 1. Count the event: the memslots that it finds stay to its end, and none are published that it does not find. It finds those
+//!    that are, and those that an update has announced.
 //! 2. Where faults that were retried too often have a turn: let those on these frames go first (module `turns`).
 //! 3. If a slot lies over the range, in any address space: take `mmu_lock`, publish the ranges of all such slots, and then the
 //!    count: `begin` and `add_range` in one.
@@ -20,6 +21,7 @@
 
 use core::fmt;
 
+use crate::active::Event;
 use crate::addr::{Gfn, GfnRange, HvaRange};
 use crate::guest_mmu::{GuestMmu, WitnessKind};
 use crate::host::{Age, Blocking, Notifier, SecondaryMmu, Young, Zap};
@@ -28,6 +30,7 @@ use crate::mmu_lock::Witness;
 use crate::mutation::{self, Mutation};
 use crate::platform::Platform;
 use crate::ranges::Tracks;
+use crate::slots::SlotSet;
 use crate::sync::Ordering;
 use crate::zap::ZapWalk;
 
@@ -35,6 +38,7 @@ use crate::zap::ZapWalk;
 #[must_use = "the invalidation ends at once"]
 pub struct Invalidation<'m, S: SecondaryMmu> {
     mmu: &'m GuestMmu<S>,
+    event: Event,
     /// The hull of the frames that it took; empty if the range touched no slot.
     touched: GfnRange,
     tracks: Tracks,
@@ -54,9 +58,10 @@ impl<S: SecondaryMmu> GuestMmu<S> {
     pub fn invalidate(&self, hvas: HvaRange, zap: Zap, blocking: Blocking) -> Invalidation<'_, S> {
         let started_ns = S::Platform::now_ns();
         self.counters.events.fetch_add(1, Ordering::Relaxed);
-        self.active.start();
+        let event = self.active.start();
         let slots = if mutation::active(Mutation::FirstSlotOnly) { 1 } else { usize::MAX };
-        let ranges = || self.slot_set().touching(hvas).take(slots);
+        let sets = self.event_sets();
+        let ranges = || sets.into_iter().flatten().flat_map(|set| set.touching(hvas)).take(slots);
         let touched = ranges().map(|(_, gfns)| gfns).reduce(GfnRange::hull);
         let mut tracks = Tracks::default();
         if touched.is_some() {
@@ -80,7 +85,7 @@ impl<S: SecondaryMmu> GuestMmu<S> {
             walk.finish();
         }
         let touched = touched.unwrap_or(GfnRange::new(Gfn::new(0), Gfn::new(0)));
-        Invalidation { mmu: self, touched, tracks, started_ns }
+        Invalidation { mmu: self, event, touched, tracks, started_ns }
     }
 
     /// Lets those go first who starve on frames that `taken` names, unless an active invalidation holds them back anyway.
@@ -104,7 +109,7 @@ impl<S: SecondaryMmu> GuestMmu<S> {
 
     /// Looks at, or takes away, the marks of past accesses of `hvas`. Advisory.
     pub fn age(&self, hvas: HvaRange, age: Age) -> Young {
-        self.active.start();
+        let event = self.active.start();
         let young = match self.vcpus.visit() {
             Some(visit) => {
                 let machine = self.invalidations().machine();
@@ -115,13 +120,13 @@ impl<S: SecondaryMmu> GuestMmu<S> {
             // As many age at the same time as there are words for: the lock does as well.
             None => self.age_with(hvas, age, self.lock.read().walking()),
         };
-        self.end_event();
+        self.active.end(&event);
         young
     }
 
     fn age_with(&self, hvas: HvaRange, age: Age, walking: Walking<'_>) -> Young {
         let mut young = Young::No;
-        for (slot, gfns) in self.slot_set().touching(hvas) {
+        for (slot, gfns) in self.event_sets().into_iter().flatten().flat_map(|set| set.touching(hvas)) {
             match self.secondary().age(slot, gfns, age, walking) {
                 Young::Yes => young = Young::Yes,
                 Young::Unknown if young == Young::No => young = Young::Unknown,
@@ -131,8 +136,9 @@ impl<S: SecondaryMmu> GuestMmu<S> {
         young
     }
 
-    fn end_event(&self) {
-        self.active.end();
+    /// The memslots that an event must look at: those to come, read first, and those that are.
+    fn event_sets(&self) -> [Option<&SlotSet>; 2] {
+        [self.coming_set(), Some(self.slot_set())]
     }
 }
 
@@ -149,7 +155,7 @@ impl<S: SecondaryMmu> Drop for Invalidation<'_, S> {
             self.mmu.counters.finished(ns);
         }
         // Only now: whoever sees no active event sees the sequence bumped.
-        self.mmu.end_event();
+        self.mmu.active.end(&self.event);
     }
 }
 

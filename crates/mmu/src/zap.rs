@@ -262,7 +262,7 @@ impl<S: SecondaryMmu> Steps<'_, '_, S> {
     /// The guest wrote to frames of `gfns` through a translation that goes, or may be written no more. Where writes to the
     /// slot are logged, these are.
     pub fn written(&self, slot: &Memslot, gfns: GfnRange) {
-        // An active event, or the lock of memslot updates, keeps the set in place while a walk lasts.
+        // An active event, or the lock of memslot updates, keeps the set from going while a walk lasts.
         if slot.flags.contains(SlotFlags::LOG_DIRTY)
             && let Some(bitmap) = self.mmu.slot_set().log_of(slot)
         {

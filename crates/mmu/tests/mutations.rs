@@ -93,6 +93,8 @@ rules! {
         precheck::a_doomed_fault_touches_neither_page_nor_lock;
     a_page_comes_back_under_the_lock: ReleaseAfterUnlock is noticed by
         pages::an_installed_page_comes_back_under_the_lock;
+    an_event_knows_what_comes: ComingSlotsMissed is noticed by
+        memslots::an_invalidation_covers_slots_to_come;
     an_update_waits_for_events: SwapWithoutDrain is noticed by
         memslots::slots_stay_while_an_invalidation_is_active;
     an_update_waits_for_readers: SwapWithoutReaders is noticed by

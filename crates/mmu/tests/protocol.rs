@@ -89,6 +89,8 @@ tests! {
         a_slot_that_is_deleted_is_neither_memory_nor_a_device,
         a_slot_is_zapped_after_the_last_fault_that_saw_it,
         slots_stay_while_an_invalidation_is_active,
+        no_stream_of_invalidations_holds_an_update_back,
+        an_invalidation_covers_slots_to_come,
         faults_go_on_while_an_update_waits,
         every_update_has_a_generation_of_its_own,
         dirty_logging_protects_what_is_mapped,

@@ -275,6 +275,6 @@ fn loom_each_rule_of_the_engine_is_needed() {
     fails_without(Mutation::BeginWithoutDrain, &["stale: "], 2, an_intent_against_a_release);
     fails_without(Mutation::InstallAfterRelease, &["stale: "], 2, an_intent_against_a_release);
     fails_without(Mutation::SwapWithoutReaders, RACE, 3, a_fault_against_a_deletion);
-    fails_without(Mutation::SwapWithoutDrain, RACE, 3, an_invalidation_against_a_deletion);
+    fails_without(Mutation::SlotsFreedUnderEvents, RACE, 3, an_invalidation_against_a_deletion);
     fails_without(Mutation::UpdateWithoutInvalidPhase, &["stale: "], 2, a_fault_against_a_deletion);
 }

@@ -3,6 +3,7 @@
 use core::cell::Cell;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use afterimage_mmu::{
     Access, Emulate, Fault, FaultError, FaultKind, FaultOutcome, Gfn, Policy, RetryPoint, SlotError, SlotId,
@@ -16,6 +17,8 @@ use crate::support::platform::{forget_resched, tell_when_parked, want_resched};
 use crate::support::table::Entry;
 
 const HOME: SpaceId = SpaceId(0);
+/// How long another thread may take. Long: only a bug ever waits for it.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 pub(crate) fn a_slot_comes_moves_and_goes() {
     let machine = Machine::bare(both());
@@ -145,6 +148,58 @@ pub(crate) fn slots_stay_while_an_invalidation_is_active() {
         let outcome = guest.fault(100, Access::READ);
         drop(invalidation);
         assert_eq!(outcome, Ok(FaultOutcome::Emulate(Emulate::Mmio)), "the slots were swapped inside");
+    });
+    guest.read(100, 100);
+}
+
+/// There is never a moment without an active invalidation, and the update comes to its end all the same.
+pub(crate) fn no_stream_of_invalidations_holds_an_update_back() {
+    const ROUNDS: u32 = 200_000;
+    let machine = Machine::new(both());
+    std::thread::scope(|scope| {
+        let mut active = machine.invalidate(3, 4);
+        let update =
+            scope.spawn(|| machine.mmu.create_slot(machine.slot(1, 100, 4, 100)).expect("nothing is there"));
+        for _ in 0..ROUNDS {
+            let next = machine.invalidate(3, 4);
+            drop(active);
+            active = next;
+            if update.is_finished() {
+                break;
+            }
+            std::thread::yield_now();
+        }
+        let is_finished = update.is_finished();
+        drop(active);
+        assert!(is_finished, "the update waits for invalidations that began after it");
+    });
+    machine.guest().read(100, 100);
+}
+
+/// What an invalidation takes that starts while slots change, nobody maps through the slots to come.
+pub(crate) fn an_invalidation_covers_slots_to_come() {
+    let machine = Machine::new(both());
+    let parks = Arc::new(Parks::default());
+    let mut guest = machine.guest();
+    std::thread::scope(|scope| {
+        let first = machine.invalidate(3, 4);
+        scope.spawn(|| {
+            let _finished = Finished(&parks);
+            tell_when_parked(&parks);
+            machine.mmu.create_slot(machine.slot(1, 100, 4, 100)).expect("nothing is there");
+        });
+        parks.until(1);
+        let second = machine.invalidate(100, 101);
+        drop(first);
+        // The other frames of the slot are memory as soon as it is published, and the update waits on.
+        let waited = Instant::now();
+        while guest.fault(102, Access::READ) == Ok(FaultOutcome::Emulate(Emulate::Mmio)) {
+            assert!(waited.elapsed() < PATIENCE, "the slot is never published");
+            std::thread::yield_now();
+        }
+        let outcome = guest.fault(100, Access::READ);
+        drop(second);
+        assert!(matches!(outcome, Ok(FaultOutcome::Retry(_))), "mapped while its page changes: {outcome:?}");
     });
     guest.read(100, 100);
 }
