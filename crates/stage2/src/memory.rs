@@ -11,12 +11,11 @@
 //! | a mapped page, large or not, besides the tables | 0 |
 //! | tables | 4 KiB for each that the architecture needs, and the root: 4 KiB to 64 KiB |
 //! | pages at hand | 4 KiB for each level below the root, at most, for each vCPU |
-//! | a vCPU's words and counters | 928 |
-//! | a machine with one memslot | 3,408 |
+//! | a vCPU's words and counters | 1,280, at most |
+//! | a machine with one memslot | 8 KiB, at most |
 //!
-//! `tests/memory.rs` counts every allocation, for 1 GiB in single frames, in large pages, and for frames here and there: the
-//! first two lines and the third exactly; the last two are what it saw (it allows 1 KiB and 8 KiB). A dirty log is a bit a frame
-//! of its slot, beside this.
+//! `tests/memory.rs` counts every allocation, for 1 GiB in single frames, in large pages, and for frames here and there. A
+//! dirty log is a bit a frame of its slot, beside this.
 
 // UNSAFETY: tables are memory that hardware walks; the seam hands out their addresses.
 #![expect(unsafe_code)]
