@@ -295,7 +295,7 @@ pub(crate) fn unlink_and_install() {
     assert_eq!(removed.frames + there, installed, "an install is lost: {removed:?}, {did:?}");
     if let Some(table) = removed.table {
         // SAFETY: (1) it was unlinked above; (2) and (3): whoever else used the tables has ended.
-        unsafe { machine.tables.free(table) };
+        unsafe { machine.tables.free(table, 1) };
     }
 }
 
