@@ -170,12 +170,18 @@ fn every_rule_shows_on_software() {
 fn rules_of_tables_show_on_software() {
     let _alone = alone();
     let large = ["--guest", "soft", "--page-size", "2m", "--memory", "16m", "--resident", "16m"];
-    let meanwhile = ["--invalidate", "migrate,split,collapse", "--pressure", "20"];
-    for (rule, format) in
-        [("free-at-once", "ept"), ("flush-keeps-tables", "ept"), ("split-without-break", "vmsa")]
-    {
+    let splits = "migrate,split,collapse";
+    for (rule, format, invalidate) in [
+        ("free-at-once", "ept", splits),
+        ("flush-keeps-tables", "ept", splits),
+        ("split-without-break", "vmsa", splits),
+        ("free-at-once", "ept", "nx"),
+        ("split-without-break", "vmsa", "nx"),
+        ("large-executable", "sv39x4", "nx"),
+    ] {
         for witness in ["lock", "intent"] {
             let chosen = ["--format", format, "--witness", witness];
+            let meanwhile = ["--invalidate", invalidate, "--pressure", "20"];
             let options: Vec<_> = large.iter().chain(&meanwhile).chain(&chosen).copied().collect();
             until_noticed(rule, &options, Noticed::WrongPage);
         }

@@ -96,6 +96,21 @@ fn large_pages_are_split_and_recovered() {
 }
 
 #[test]
+fn what_was_fetched_from_is_recovered() {
+    let _alone = alone();
+    for (format, witness) in FORMATS.into_iter().zip(["lock", "intent"].into_iter().cycle()) {
+        let memory = ["--page-size", "2m", "--memory", "16m", "--resident", "16m", "--pressure", "20"];
+        let chosen = ["--format", format, "--witness", witness, "--nx-ratio", "2", "--nx-period", "2ms"];
+        let all = ["--invalidate", "discard,protect,migrate,age,dirty,split,collapse,nx", "--dirty", "ring"];
+        let options: Vec<_> = memory.into_iter().chain(chosen).chain(all).collect();
+        good(&options, json!({ "format": format, "nx_ratio": 2 }));
+        let options: Vec<_> = memory.into_iter().chain(chosen).chain(["--invalidate", "nx"]).collect();
+        let run = good(&options, json!({ "witness": witness }));
+        assert!(run.number("/nx_recovered_blocks") > 0, "{format}: {:#}", run.json);
+    }
+}
+
+#[test]
 fn writes_are_logged_in_rings() {
     let _alone = alone();
     let mut full = 0;
@@ -178,6 +193,7 @@ fn options_of_other_guests_are_refused() {
         "--invalidate migrate is only for --guest soft",
     );
     refused(&["--guest", "soft", "--invalidate", "split"], "--invalidate split is for large pages");
+    refused(&["--guest", "soft", "--invalidate", "nx"], "--invalidate nx is for large pages");
     refused(&["--guest", "soft", "--dirty", "ring"], "--invalidate dirty");
     refused(&["--invalidate", "evict,age"], "--invalidate age is only for --guest soft");
 }

@@ -204,6 +204,7 @@ pub(crate) enum RecordKind {
     Stale = 5,
     FreedTable = 6,
     Conflict = 7,
+    LargeFetch = 8,
 }
 
 /// Values of [`VcpuBlock::workload`].

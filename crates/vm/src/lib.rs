@@ -59,7 +59,7 @@ pub use kvm::stats::{KvmCounters, KvmCounts};
 pub use latency::{Latency, LatencyHistogram};
 pub use probe::{KvmFacts, KvmKind, KvmProbe, probe};
 pub use report::{Counters, GuestReport, VcpuEnd, VcpuFailure, VcpuReport, WrongKind, WrongPage};
-pub use soft::{AfterRetry, Hardware, Paused, PhysicalMemory, SoftMachine, TablePool};
+pub use soft::{AfterRetry, Fetches, Hardware, Paused, PhysicalMemory, SoftMachine, TablePool};
 pub use spec::{
     DirtyLog, Discards, GuestKind, GuestMemory, GuestSpec, Locality, MAX_MEMORY_BYTES, MAX_VCPUS, Workload,
 };

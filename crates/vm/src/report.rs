@@ -67,6 +67,8 @@ pub enum WrongKind {
     FreedTable,
     /// A software vCPU that must never have two translations of different size for one address got them.
     Conflict,
+    /// A software vCPU could have fetched from a large page, where none is to be executable.
+    LargeFetch,
 }
 
 /// A wrong page, as the guest found it.
@@ -101,6 +103,7 @@ impl WrongPage {
             kind if kind == RecordKind::Stale as u64 => WrongKind::Stale,
             kind if kind == RecordKind::FreedTable as u64 => WrongKind::FreedTable,
             kind if kind == RecordKind::Conflict as u64 => WrongKind::Conflict,
+            kind if kind == RecordKind::LargeFetch as u64 => WrongKind::LargeFetch,
             _ => return None,
         };
         Some(Self {
@@ -140,6 +143,7 @@ impl WrongPage {
             WrongKind::Conflict => {
                 "a page of another size was still cached: nothing was broken before this was made"
             }
+            WrongKind::LargeFetch => "a large page may be fetched from",
             _ if first == 0 => "its content has been lost",
             WrongKind::Discarding => "neither the old page nor zeros, or the old page after zeros",
             _ if self.expected == 0 && stamp(first) => "it came back after its discard",
@@ -160,7 +164,7 @@ impl fmt::Display for WrongPage {
             WrongKind::Tag => "tag",
             WrongKind::Stale => "generation of its frame",
             WrongKind::FreedTable => "table of level",
-            WrongKind::Conflict => "size of its page",
+            WrongKind::Conflict | WrongKind::LargeFetch => "size of its page",
         };
         write!(
             f,

@@ -14,8 +14,8 @@ use afterimage_mmu::{
 };
 use afterimage_stage2::{Ept, Host, Npt, Stage2, Sv39x4, Sv48x4, Vmsa};
 use afterimage_vm::{
-    AfterRetry, Guest, GuestKind, GuestMemory, GuestReport, GuestSpec, Hardware, PhysicalMemory, SoftMachine,
-    TablePool, VcpuEnd, WORD_OFFSETS, Workload, WrongKind,
+    AfterRetry, Fetches, Guest, GuestKind, GuestMemory, GuestReport, GuestSpec, Hardware, PhysicalMemory,
+    SoftMachine, TablePool, VcpuEnd, WORD_OFFSETS, Workload, WrongKind,
 };
 
 const FRAMES: u64 = 256;
@@ -175,6 +175,7 @@ fn start_with<F: Hardware>(
         tables,
         after_retry: AfterRetry::Refault,
         ring_entries,
+        fetches: Fetches::None,
     };
     let guest = Guest::start_soft(spec, machine, initial).expect("a guest");
     Running { primary, mmu, guest }

@@ -95,6 +95,8 @@ pub(crate) enum InvalidateChoice {
     Collapse,
     /// All translations go at once, and vCPUs load another root (software guests)
     Reload,
+    /// The guest fetches, no large page is executable, and what is split for that is recovered (software guests, 2 MiB pages)
+    Nx,
     /// Nothing
     None,
 }
@@ -111,12 +113,15 @@ pub(crate) enum DirtyChoice {
 impl InvalidateChoice {
     /// Whether it needs tables of our own.
     pub(super) const fn needs_soft(self) -> bool {
-        matches!(self, Self::Migrate | Self::Age | Self::Dirty | Self::Split | Self::Collapse | Self::Reload)
+        matches!(
+            self,
+            Self::Migrate | Self::Age | Self::Dirty | Self::Split | Self::Collapse | Self::Reload | Self::Nx
+        )
     }
 
     /// Whether it has nothing to work on where all pages are small.
     pub(super) const fn needs_large(self) -> bool {
-        matches!(self, Self::Split | Self::Collapse)
+        matches!(self, Self::Split | Self::Collapse | Self::Nx)
     }
 }
 
@@ -211,6 +216,8 @@ pub(super) enum BreakChoice {
     FreeAtOnce,
     /// A large page is split without break-before-make
     SplitWithoutBreak,
+    /// A large page is mapped executable where none may be
+    LargeExecutable,
     /// The fast path tells the dirty log nothing
     FastFaultUnlogged,
     /// A reset of the dirty rings protects nothing
@@ -243,6 +250,7 @@ impl BreakChoice {
             Self::FreeAtOnce => tables::set(Some(TableRule::FreeAtOnce)),
             Self::SplitWithoutBreak => tables::set(Some(TableRule::SplitWithoutBreak)),
             Self::FastFaultUnlogged => protocol::set(Some(Rule::FastFaultUnlogged)),
+            Self::LargeExecutable => tables::set(Some(TableRule::LargeExecutable)),
             Self::RingResetUnprotected => protocol::set(Some(Rule::RingResetUnprotected)),
             Self::ProtectWithoutFlush => tables::set(Some(TableRule::ProtectWithoutFlush)),
             Self::ZapLosesDirty => tables::set(Some(TableRule::ZapLosesDirty)),

@@ -1,6 +1,7 @@
 //! A guest, its memory, and what serves its faults, put together.
 
 use std::fmt;
+use std::num::NonZeroU32;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use afterimage_memory::{
@@ -50,6 +51,8 @@ pub(crate) trait Engine: fmt::Debug + Send + Sync {
     fn collapse(&self) -> Result<(), SlotError>;
     /// Drops every translation, with the roots, once.
     fn reload(&self);
+    /// Recovers one in `ratio` blocks that were fetched from; how many it was.
+    fn recover_nx(&self, ratio: NonZeroU32) -> u64;
 }
 
 impl<S: SecondaryMmu> Engine for GuestMmu<S> {
@@ -94,6 +97,10 @@ impl<S: SecondaryMmu> Engine for GuestMmu<S> {
 
     fn split(&self) -> Result<(), SlotError> {
         self.split_large_pages(SpaceId(0), SLOT)
+    }
+
+    fn recover_nx(&self, ratio: NonZeroU32) -> u64 {
+        self.recover_nx_huge_pages(ratio)
     }
 
     fn collapse(&self) -> Result<(), SlotError> {

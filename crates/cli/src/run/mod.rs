@@ -125,7 +125,7 @@ fn watch(plan: &RunPlan, machine: &Machine, pressure: &Pressure, interrupted: &A
 fn stop(machine: Machine, pressure: Pressure, failures: &mut Vec<String>) -> Result<Outcome> {
     let Machine { object, engine, guest, host } = machine;
     let guest = guest.stop().context("the guest could not be stopped")?;
-    let counts = Arc::clone(&pressure.dirty);
+    let (counts, nx_blocks) = (Arc::clone(&pressure.dirty), Arc::clone(&pressure.nx_blocks));
     if let Err(error) = pressure.stop() {
         failures.push(format!("taking memory away failed: {error:#}"));
     }
@@ -145,6 +145,7 @@ fn stop(machine: Machine, pressure: Pressure, failures: &mut Vec<String>) -> Res
         store: object.store_stats(),
         bookkeeping_bytes: object.bookkeeping_bytes(),
         dirty: counts.get(),
+        nx_recovered_blocks: nx_blocks.load(Ordering::Relaxed),
         failures: std::mem::take(failures),
     })
 }

@@ -1,6 +1,7 @@
 //! The options of `run`, and what they come to: everything that can be refused is refused here, before anything starts.
 
 use std::collections::BTreeSet;
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -64,6 +65,12 @@ pub(crate) struct RunArgs {
     /// Where the writes of --guest soft are logged for --invalidate dirty [default: bitmap]
     #[arg(long, value_enum)]
     dirty: Option<DirtyChoice>,
+    /// Of --invalidate nx: blocks that were fetched from, of which one is recovered in each period
+    #[arg(long, default_value_t = NonZeroU32::new(4).expect("four is not zero"))]
+    nx_ratio: NonZeroU32,
+    /// The period of --invalidate nx
+    #[arg(long, default_value = "5ms", value_parser = units::duration)]
+    nx_period: Duration,
     /// Evictions a second beyond what the budget needs, aimed at what the guest uses
     #[arg(long, default_value_t = 200)]
     pressure: u32,
@@ -115,10 +122,20 @@ pub(crate) struct RunPlan {
     pub(crate) source: Option<FileSource>,
     pub(crate) invalidate: Vec<InvalidateChoice>,
     pub(crate) pressure: u32,
+    pub(crate) nx: NxPlan,
     pub(crate) policy: Policy,
     pub(crate) seed: u64,
     pub(crate) json: Option<PathBuf>,
     pub(crate) shown: ShownOptions,
+}
+
+/// How blocks are recovered that were mapped singly because they were fetched from.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct NxPlan {
+    /// One in so many.
+    pub(crate) ratio: NonZeroU32,
+    /// So often.
+    pub(crate) period: Duration,
 }
 
 /// The options as the result repeats them.
@@ -135,6 +152,7 @@ pub(crate) struct ShownOptions {
     pub(crate) source: Option<PathBuf>,
     invalidate: Vec<String>,
     dirty: Option<String>,
+    nx_ratio: Option<u32>,
     pressure: u32,
     precheck: String,
     sequence: String,
@@ -243,6 +261,7 @@ impl RunArgs {
             backing: served.map(|_| name(self.backing.unwrap_or(BackingChoice::Shared))),
             workload: workload.to_string(),
             source: self.source,
+            nx_ratio: invalidate.contains(&InvalidateChoice::Nx).then_some(self.nx_ratio.get()),
             dirty: invalidate.contains(&InvalidateChoice::Dirty).then(|| name(dirty)),
             invalidate: invalidate.iter().map(|choice| name(*choice)).collect(),
             pressure: self.pressure,
@@ -268,6 +287,7 @@ impl RunArgs {
             source,
             invalidate,
             pressure: self.pressure,
+            nx: NxPlan { ratio: self.nx_ratio, period: self.nx_period },
             policy: Policy {
                 precheck: self.precheck.into(),
                 scope: self.sequence.into(),

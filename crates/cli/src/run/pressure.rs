@@ -1,7 +1,7 @@
 //! What takes the guest's memory away: one thread for each kind of invalidation.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -44,6 +44,8 @@ pub(crate) struct Pressure {
     stop: Arc<AtomicBool>,
     /// What the dirty log has said so far.
     pub(crate) dirty: Arc<DirtyCounts>,
+    /// Blocks that were fetched from and recovered.
+    pub(crate) nx_blocks: Arc<AtomicU64>,
 }
 
 /// Where memory is taken away.
@@ -99,7 +101,8 @@ impl Pressure {
             aim: if plan.guest == GuestKind::Soft { Aim::Anywhere } else { Aim::Running },
             stop: Arc::clone(&stop),
         };
-        let mut pressure = Self { threads: Vec::new(), stop, dirty: Arc::default() };
+        let mut pressure =
+            Self { threads: Vec::new(), stop, dirty: Arc::default(), nx_blocks: Arc::default() };
         let budget = reach.clone();
         pressure.spawn("budget", move || keep_budget(&budget))?;
         for kind in &plan.invalidate {
@@ -149,6 +152,15 @@ impl Pressure {
                         Ok(())
                     })
                 })?,
+                InvalidateChoice::Nx => {
+                    let (nx, blocks) = (plan.nx, Arc::clone(&pressure.nx_blocks));
+                    pressure.spawn("nx", move || {
+                        every(&reach, nx.period, || {
+                            blocks.fetch_add(reach.engine.recover_nx(nx.ratio), Ordering::Relaxed);
+                            Ok(())
+                        })
+                    })?;
+                }
                 InvalidateChoice::None => {}
             }
         }

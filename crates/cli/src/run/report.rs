@@ -27,6 +27,7 @@ pub(crate) struct RunReport {
     wasted_fault_ins: u64,
     invalidations: Invalidations,
     dirty_log: DirtyReport,
+    nx_recovered_blocks: u64,
     zapped_frames: u64,
     reloads: u64,
     flushes: u64,
@@ -128,13 +129,23 @@ pub(crate) struct Outcome {
     pub(crate) store: StoreStats,
     pub(crate) bookkeeping_bytes: u64,
     pub(crate) dirty: DirtyReport,
+    pub(crate) nx_recovered_blocks: u64,
     pub(crate) failures: Vec<String>,
 }
 
 impl RunReport {
     pub(crate) fn new(plan: &RunPlan, outcome: Outcome) -> Self {
-        let Outcome { guest, faults, invalidations, object, store, bookkeeping_bytes, dirty, failures } =
-            outcome;
+        let Outcome {
+            guest,
+            faults,
+            invalidations,
+            object,
+            store,
+            bookkeeping_bytes,
+            dirty,
+            nx_recovered_blocks,
+            failures,
+        } = outcome;
         let counters = guest.counters();
         let latency = guest.latency();
         let kind = |kind| {
@@ -180,6 +191,7 @@ impl RunReport {
                 migrate: kind(Kind::Migrate),
             },
             dirty_log: dirty,
+            nx_recovered_blocks,
             zapped_frames: invalidations.zapped_frames,
             reloads: invalidations.reloads,
             flushes: invalidations.flushes,
@@ -310,6 +322,9 @@ impl Display for RunReport {
         }
         if self.reloads > 0 {
             row(f, "roots replaced", &format!("{} times", show_count(self.reloads)))?;
+        }
+        if self.nx_recovered_blocks > 0 {
+            row(f, "fetched from, recovered", &format!("{} blocks", show_count(self.nx_recovered_blocks)))?;
         }
         row(f, "flushes / yields", &format!("{} / {}", show_count(self.flushes), show_count(self.yields)))?;
         let waits = format!(

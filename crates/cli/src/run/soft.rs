@@ -7,12 +7,12 @@ use afterimage_memory::{FramePool, MemoryObject, ObjectPage};
 use afterimage_mmu::{
     FRAME_BYTES, Gfn, GfnRange, GuestMmu, Hva, Memslot, Notifier, PageSize, Pfn, PfnRange, SpaceId,
 };
-use afterimage_stage2::{Ept4, Ept5, Npt4, Npt5, Stage2, Sv39x4, Sv48x4, Vmsa};
+use afterimage_stage2::{Ept4, Ept5, LargeExecute, LargePages, Npt4, Npt5, Stage2, Sv39x4, Sv48x4, Vmsa};
 use afterimage_uffd::Linux;
-use afterimage_vm::{Guest, GuestMemory, Hardware, PhysicalMemory, SoftMachine, TablePool};
+use afterimage_vm::{Fetches, Guest, GuestMemory, Hardware, PhysicalMemory, SoftMachine, TablePool};
 use anyhow::{Context, Result};
 
-use super::choices::{DirtyChoice, FormatChoice};
+use super::choices::{DirtyChoice, FormatChoice, InvalidateChoice};
 use super::hosts::SoftPlan;
 use super::machine::{Host, Machine, SLOT, Start};
 
@@ -98,8 +98,13 @@ impl Soft {
         let all = plan.memory / FRAME_BYTES;
         let tables = TablePool::new(all)?;
         let host = SoftHost { object: Arc::downgrade(&object), page_size: plan.page_size };
+        let (execute, fetches) = match plan.invalidate.contains(&InvalidateChoice::Nx) {
+            true => (LargeExecute::Never, Fetches::FromSmallPages),
+            false => (LargeExecute::Allowed, Fetches::None),
+        };
+        let large = LargePages { largest: plan.page_size, execute };
         let stage2: Stage2<F, SoftHost> =
-            Stage2::new(host, tables.clone(), 1, plan.page_size).context("there is no memory for tables")?;
+            Stage2::new(host, tables.clone(), 1, large).context("there is no memory for tables")?;
         let mmu = Arc::new(GuestMmu::new(stage2, plan.policy));
         mmu.create_slot(Memslot::new(SLOT, Gfn::new(0), all, BASE))?;
         object.attach(BASE, Arc::clone(&mmu) as Arc<dyn Notifier>);
@@ -110,6 +115,7 @@ impl Soft {
             tables: tables.clone(),
             after_retry: soft.after_retry,
             ring_entries: (soft.dirty == DirtyChoice::Ring).then_some(RING_ENTRIES),
+            fetches,
         };
         let memory = GuestMemory::in_frames(plan.memory as usize);
         let guest = Guest::start_soft(start.spec(memory), machine, |gfn| start.words(gfn))?;

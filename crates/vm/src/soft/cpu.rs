@@ -28,13 +28,15 @@ use afterimage_stage2::{Host, Stage2};
 use super::tables::TablePool;
 use super::tlb::{Tlb, Translation};
 use super::walk::{Hardware, Walk, Why, walk};
-use super::{AfterRetry, PhysicalMemory, SoftMachine};
+use super::{AfterRetry, Fetches, PhysicalMemory, SoftMachine};
 use crate::layout::{RecordKind, VcpuBlock};
 use crate::report::VcpuEnd;
 
 /// Accesses between two looks at whether the vCPU was kicked, about as long as an interrupt takes to arrive; and between
 /// two speculative walks.
 const CHECK_EVERY: u32 = 32;
+/// Loads of which one is a fetch, where a guest fetches.
+const FETCH_EVERY: u32 = 256;
 /// How long a vCPU whose dirty ring is full stays outside before it looks again.
 const RING_PAUSE: Duration = Duration::from_micros(50);
 
@@ -47,6 +49,7 @@ pub(super) struct Cpu<'m, F: Hardware, H: Host<Memory = TablePool>, M, R> {
     tlb: Tlb,
     root: Pfn,
     unchecked: u32,
+    unfetched: u32,
     /// Walks in a row that met a freed table.
     astray: u32,
     /// What the caches led to that they should not have: for the program, which writes it down.
@@ -87,6 +90,7 @@ where
             tlb: Tlb::new(),
             root: machine.root(),
             unchecked: 0,
+            unfetched: 0,
             astray: 0,
             misled: None,
         };
@@ -98,6 +102,18 @@ where
     #[inline]
     pub(super) fn load(&mut self, gfn: Gfn, offset: usize) -> Result<u64, VcpuEnd> {
         let frame = self.access(gfn, Access::READ)?;
+        Ok(word(frame, offset).load(Relaxed))
+    }
+
+    /// The same, now and then as a fetch, if this guest makes any.
+    #[inline]
+    pub(super) fn load_or_fetch(&mut self, gfn: Gfn, offset: usize) -> Result<u64, VcpuEnd> {
+        self.unfetched += 1;
+        if self.unfetched < FETCH_EVERY || self.machine.fetches == Fetches::None {
+            return self.load(gfn, offset);
+        }
+        self.unfetched = 0;
+        let frame = self.access(gfn, Access::EXEC)?;
         Ok(word(frame, offset).load(Relaxed))
     }
 
@@ -124,7 +140,7 @@ where
         }
         loop {
             match self.tlb.find(gfn) {
-                Some(page) if page.writable || !access.contains(Access::WRITE) => {
+                Some(page) if page.allows(access) => {
                     return self.frame(gfn, page);
                 }
                 Some(_) if !F::FAULTS_FORGET => self.fault(gfn, access, Found::Present)?,
@@ -162,8 +178,8 @@ where
     /// Walks, and remembers what was found; takes a fault where the access is not allowed.
     fn walk(&mut self, gfn: Gfn, access: Access) -> Result<(), VcpuEnd> {
         match walk::<F>(&self.machine.tables, self.root, &mut self.tlb, gfn, Why::Access(access)) {
-            Walk::Page { first, size, writable } => {
-                self.remember(gfn, size, first, writable);
+            Walk::Page { first, size, writable, executable } => {
+                self.remember(gfn, size, Translation { pfn: first, writable, executable, generation: 0 });
                 self.astray = 0;
                 Ok(())
             }
@@ -183,21 +199,25 @@ where
         }
     }
 
-    fn remember(&mut self, gfn: Gfn, size: PageSize, first: Pfn, writable: bool) {
+    /// The translation of the page of `size` around `gfn`, with the generation that its frame has now.
+    fn remember(&mut self, gfn: Gfn, size: PageSize, page: Translation) {
         let inside = gfn.as_u64() & (size.frames() - 1);
-        let generation = self.machine.ram.generation(first + inside);
+        let generation = self.machine.ram.generation(page.pfn + inside);
+        if page.executable && size > PageSize::Size4K && self.machine.fetches == Fetches::FromSmallPages {
+            self.mislead(RecordKind::LargeFetch, gfn, 0, size.bytes());
+        }
         if F::BREAK_BEFORE_MAKE && self.tlb.conflicts(gfn, size) {
             self.mislead(RecordKind::Conflict, gfn, 0, size.bytes());
             self.tlb.flush();
         }
-        self.tlb.put(gfn, size, Translation { pfn: first, writable, generation });
+        self.tlb.put(gfn, size, Translation { generation, ..page });
     }
 
     /// Walks for an address that nobody has asked for, whether it is cached or not: hardware may, at any time.
     fn speculate(&mut self, gfn: Gfn) {
         let walked = walk::<F>(&self.machine.tables, self.root, &mut self.tlb, gfn, Why::Speculation);
-        if let Walk::Page { first, size, writable } = walked {
-            self.remember(gfn, size, first, writable);
+        if let Walk::Page { first, size, writable, executable } = walked {
+            self.remember(gfn, size, Translation { pfn: first, writable, executable, generation: 0 });
         }
     }
 

@@ -57,6 +57,15 @@ pub enum AfterRetry {
     Refault,
 }
 
+/// Whether the guest fetches from its memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Fetches {
+    /// It only loads and stores.
+    None,
+    /// It does, and no large page is ever to be executable: one that is, is a wrong page.
+    FromSmallPages,
+}
+
 /// What a software guest runs on. Guest frame 0 is the first of memslot 0 of address space 0.
 pub struct SoftMachine<F: Hardware, H: Host<Memory = TablePool>, M, R> {
     /// The engine, over tables in `tables`.
@@ -71,6 +80,8 @@ pub struct SoftMachine<F: Hardware, H: Host<Memory = TablePool>, M, R> {
     pub after_retry: AfterRetry,
     /// Entries of the ring in which each vCPU has its writes logged, where they are; `None`: in the slot's bitmap.
     pub ring_entries: Option<usize>,
+    /// What it fetches from.
+    pub fetches: Fetches,
 }
 
 impl<F: Hardware, H: Host<Memory = TablePool>, M, R> fmt::Debug for SoftMachine<F, H, M, R> {

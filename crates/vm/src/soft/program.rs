@@ -299,7 +299,7 @@ where
 
     fn timed_load(&mut self, gfn: u64) -> Result<u64, VcpuEnd> {
         let timing = self.timing(gfn);
-        let word = self.cpu.load(Gfn::new(gfn), FIRST_WORD)?;
+        let word = self.cpu.load_or_fetch(Gfn::new(gfn), FIRST_WORD)?;
         timing.file(self.system, self.index);
         Ok(word)
     }

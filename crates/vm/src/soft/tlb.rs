@@ -2,7 +2,7 @@
 //!
 //! | cache | says | used |
 //! |---|---|---|
-//! | TLB, one array for each page size | frame of an address, whether it may be written, generation of the frame | before any walk |
+//! | TLB, one array for each page size | frame of an address, whether it may be written and fetched from, generation of the frame | before any walk |
 //! | paging-structure caches, one for each level below the root | table of that level for an address | a walk begins at the lowest that is known |
 //!
 //! Entries are tagged with the vCPU's ASID (a VMID, where the manual calls it so). Flushing everything takes a new
@@ -11,7 +11,7 @@
 
 use core::cmp::Ordering;
 
-use afterimage_mmu::{Flush, Gfn, GfnRange, Level, PageSize, Pfn};
+use afterimage_mmu::{Access, Flush, Gfn, GfnRange, Level, PageSize, Pfn};
 
 /// Bits of an ASID.
 const ASID_BITS: u32 = 16;
@@ -29,8 +29,19 @@ pub(super) struct Translation {
     pub(super) pfn: Pfn,
     /// Whether a store needs no further look at the tables.
     pub(super) writable: bool,
+    /// Whether a fetch may be made.
+    pub(super) executable: bool,
     /// The generation of `pfn` when it was put in.
     pub(super) generation: u32,
+}
+
+impl Translation {
+    /// Whether `access` needs no look at the tables.
+    #[inline]
+    pub(super) fn allows(&self, access: Access) -> bool {
+        (self.writable || !access.contains(Access::WRITE))
+            && (self.executable || !access.contains(Access::EXEC))
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -212,7 +223,7 @@ mod tests {
     use super::*;
 
     fn page(pfn: u64) -> Translation {
-        Translation { pfn: Pfn::new(pfn), writable: true, generation: 1 }
+        Translation { pfn: Pfn::new(pfn), writable: true, executable: true, generation: 1 }
     }
 
     #[test]

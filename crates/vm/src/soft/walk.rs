@@ -70,6 +70,8 @@ pub(super) enum Walk {
         size: PageSize,
         /// Whether stores are, with every mark that they leave already there.
         writable: bool,
+        /// Whether fetches are.
+        executable: bool,
     },
     /// It is not.
     Fault(Found),
@@ -123,6 +125,7 @@ pub(super) fn walk<F: Hardware>(tables: &TablePool, root: Pfn, tlb: &mut Tlb, gf
                 first: marked.pfn,
                 size: marked.size,
                 writable: marked.writable == Writable::Dirty,
+                executable: marked.execute == Execute::Always,
             };
         }
     }
@@ -194,7 +197,7 @@ mod tests {
     };
 
     fn page(writable: bool) -> Walk {
-        Walk::Page { first: Pfn::new(7), size: PageSize::Size4K, writable }
+        Walk::Page { first: Pfn::new(7), size: PageSize::Size4K, writable, executable: true }
     }
 
     #[test]
