@@ -145,6 +145,9 @@ fn names(word: u64, covers: impl FnOnce(GfnRange) -> bool) -> bool {
 #[derive(Debug)]
 pub(crate) struct IntentWord {
     word: AtomicU64,
+    /// The generation of the last announcement: its owner's alone. What it says next so depends on no load of the word, whose
+    /// last store may wait behind an install for its turn. Not the engine's own atomics: no part of any protocol.
+    generation: core::sync::atomic::AtomicU64,
     /// Odd: someone waits, or did.
     waiters: ParkWord,
     barriers: Barriers,
@@ -152,16 +155,15 @@ pub(crate) struct IntentWord {
 
 impl IntentWord {
     pub(crate) fn new(barriers: Barriers) -> Self {
-        Self { word: AtomicU64::new(0), waiters: ParkWord::new(0), barriers }
+        let generation = core::sync::atomic::AtomicU64::new(0);
+        Self { word: AtomicU64::new(0), generation, waiters: ParkWord::new(0), barriers }
     }
 
     /// Claims a turn for `block`, unless one is claimed already. See the module `turns`: no barrier, since nothing rests on it.
     pub(crate) fn claim(&self, block: GfnRange) {
-        let now = self.word.load(Ordering::Relaxed);
-        if now & ACTIVE == 0 {
-            let next = (now & GENERATION).wrapping_add(ONE_GENERATION) | encode(block) | ACTIVE;
+        if self.word.load(Ordering::Relaxed) & ACTIVE == 0 {
             // Only its owner makes a quiet word active.
-            self.word.store(next, Ordering::Relaxed);
+            self.word.store(self.next_generation() | encode(block) | ACTIVE, Ordering::Relaxed);
         }
     }
 
@@ -178,13 +180,22 @@ impl IntentWord {
     }
 
     #[inline]
+    fn next_generation(&self) -> u64 {
+        let next = self.generation.load(core::sync::atomic::Ordering::Relaxed).wrapping_add(ONE_GENERATION);
+        self.generation.store(next, core::sync::atomic::Ordering::Relaxed);
+        next
+    }
+
+    #[inline]
     fn announce(&self, what: u64) {
-        let quiet = self.word.load(Ordering::Relaxed);
-        debug_assert_eq!(quiet & ACTIVE, 0, "a vCPU announces one thing at a time");
+        debug_assert_eq!(
+            self.word.load(Ordering::Relaxed) & ACTIVE,
+            0,
+            "a vCPU announces one thing at a time"
+        );
         // Release: who waits for the last announcement may find this one. What was done then comes before all the same.
         let ordering = mutation::unless(Mutation::AnnounceRelaxed, Ordering::Release);
-        // A quiet word is nothing but its generation.
-        self.word.store(quiet.wrapping_add(ONE_GENERATION | what | ACTIVE), ordering);
+        self.word.store(self.next_generation() | what | ACTIVE, ordering);
         if !mutation::active(Mutation::AnnounceWithoutFence) {
             self.barriers.announce.light();
         }
@@ -193,7 +204,7 @@ impl IntentWord {
     #[inline]
     fn clear<P: Platform>(&self) {
         let ordering = mutation::unless(Mutation::ClearRelaxed, Ordering::Release);
-        self.word.store(self.word.load(Ordering::Relaxed) & GENERATION, ordering);
+        self.word.store(self.generation.load(core::sync::atomic::Ordering::Relaxed), ordering);
         if P::PARKS {
             if !mutation::active(Mutation::ClearWithoutFence) {
                 self.barriers.park.light();
