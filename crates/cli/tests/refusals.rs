@@ -82,7 +82,7 @@ fn unknown_words_are_explained() {
         (["--precheck", "maybe"], "[possible values: both, before, after, off]"),
         (
             ["--invalidate", "evict,burn"],
-            "[possible values: evict, discard, protect, migrate, age, dirty, split, collapse, reload, none]",
+            "[possible values: evict, discard, protect, migrate, age, dirty, split, collapse, reload, nx, none]",
         ),
         (["--memory", "many"], "is no size"),
         (["--memory", "M"], "does not begin with a whole number"),
