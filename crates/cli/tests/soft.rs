@@ -113,6 +113,17 @@ fn what_was_fetched_from_is_recovered() {
 #[test]
 fn writes_are_logged_in_rings() {
     let _alone = alone();
+    // A busy machine may give no vCPU the time to fill a ring before it is collected: then once more.
+    for _ in 0..3 {
+        if log_in_rings() > 0 {
+            return;
+        }
+    }
+    panic!("in none of the runs was a ring full");
+}
+
+/// Runs in every format; how often a ring was full.
+fn log_in_rings() -> u64 {
     let mut full = 0;
     for (format, witness) in FORMATS.into_iter().zip(["lock", "intent"].into_iter().cycle()) {
         let memory = ["--memory", "4m", "--resident", "2m", "--dirty", "ring"];
@@ -123,7 +134,7 @@ fn writes_are_logged_in_rings() {
         assert!(run.number("/dirty_log/frames") > 0, "{:#}", run.json);
         full += run.number("/faults/ring_full");
     }
-    assert!(full > 0, "in none of the runs was a ring full");
+    full
 }
 
 #[test]

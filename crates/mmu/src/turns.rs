@@ -8,7 +8,7 @@
 //! # How
 //!
 //! A vCPU counts the retries of the frames that it faulted on last. When one has been retried
-//! [`Turns::after`] times, the vCPU claims the next turn in a word of its own. An invalidation that may
+//! [`Turns::after`] times, the vCPU claims the next turn in a word of its own, before it goes to wait for the end. An invalidation that may
 //! block looks for claims on its frames before it begins, and lets each go first, if it can: if an active invalidation
 //! covers the claimed frames, no turn is of use, and nobody waits. The claim is given back when the access was made: a
 //! vCPU that enters the guest gives it back when it leaves it for the first time after the fault was served, one that never
@@ -24,7 +24,7 @@
 //!
 //! Hang. Who claims may need something that the invalidator holds: a primary MMU that makes room while it faults a page in
 //! starts invalidations, two of them may claim what the other takes away, and invalidations nest. So a turn is bounded: after
-//! a while the invalidation takes the claim away and begins. A claim is also withdrawn before a page is read from afar, and an
+//! a millisecond the invalidation takes the claim away and begins. A claim is also withdrawn before a page is read from afar, and an
 //! invalidation that may not block never looks. Nothing rests on it: turns are fairness, never safety.
 
 use crate::addr::Gfn;
@@ -37,20 +37,25 @@ use crate::slots::SpaceId;
 pub struct Turns {
     /// Retries of a frame after which a turn is claimed for its fault.
     pub after: u32,
-    /// Time for which a vCPU keeps its turn at most, in nanoseconds; 0: for the one access. More than some hundred microseconds
-    /// are never waited for.
+    /// Time for which a vCPU keeps its turn at most, in nanoseconds; 0: for the one access. More than a millisecond is
+    /// never waited for.
     pub at_most_ns: u64,
 }
 
-/// Looks at a claim before it is taken away: a few hundred microseconds where [`Platform::relax`] takes some tens of
-/// nanoseconds.
+/// How long a claim is waited for before it is taken away: some times what it takes to wake a thread. Where vCPUs have to wait for a
+/// CPU longer than that, the invalidation would only take it from them.
+const PATIENCE_NS: u64 = 1_000_000;
+/// Looks at a claim before it is taken away, where there is no clock.
 #[cfg(not(loom))]
 const PATIENCE: u32 = 1 << 14;
 /// One look is enough to show that nothing rests on it.
 #[cfg(loom)]
 const PATIENCE: u32 = 1;
 /// Looks after which the CPU is given away, in case the vCPU needs this one.
+#[cfg(not(loom))]
 const RESCHEDULE_EVERY: u32 = 64;
+#[cfg(loom)]
+const RESCHEDULE_EVERY: u32 = 1;
 
 /// Frames whose retries a vCPU counts at a time.
 const REMEMBERED: usize = 4;
@@ -82,8 +87,8 @@ impl Retries {
         self.find(space, gfn).and_then(|frame| *frame).map_or(0, |frame| frame.times)
     }
 
-    /// It was retried once more, now.
-    pub(crate) fn retried(&mut self, space: SpaceId, gfn: Gfn, now_ns: u64) {
+    /// It was retried once more, now; how often by now.
+    pub(crate) fn retried(&mut self, space: SpaceId, gfn: Gfn, now_ns: u64) -> u32 {
         let before = self.find(space, gfn).and_then(|frame| *frame);
         let times = before.map_or(0, |frame| frame.times).saturating_add(1);
         let since_ns = before.map_or(now_ns, |frame| frame.since_ns);
@@ -96,6 +101,7 @@ impl Retries {
             }
         };
         *place = Some(Retried { space, gfn, times, since_ns });
+        times
     }
 
     /// It was served, or given up. If it had been retried: since when.
@@ -106,18 +112,27 @@ impl Retries {
 
 /// Lets the vCPU that claims `seen` go first, for a while. Whether it did.
 pub(crate) fn let_go_first<P: Platform>(claim: &IntentWord, seen: u64) -> bool {
-    for look in 1..=PATIENCE {
+    let started_ns = P::now_ns();
+    let mut looks: u32 = 0;
+    loop {
         if claim.announced() != Some(seen) {
             return true;
         }
-        if look.is_multiple_of(RESCHEDULE_EVERY) {
-            P::reschedule();
-        } else {
+        looks = looks.wrapping_add(1);
+        if !looks.is_multiple_of(RESCHEDULE_EVERY) {
             P::relax();
+            continue;
         }
+        let is_over = match P::now_ns() {
+            0 => looks >= PATIENCE,
+            now_ns => now_ns - started_ns >= PATIENCE_NS,
+        };
+        if is_over {
+            claim.take_away(seen);
+            return false;
+        }
+        P::reschedule();
     }
-    claim.take_away(seen);
-    false
 }
 
 #[cfg(all(test, not(loom)))]

@@ -172,12 +172,14 @@ impl<'m, S: SecondaryMmu> Vcpu<'m, S> {
     fn count_retries<E>(&mut self, turns: Turns, fault: &Fault, result: &Result<FaultOutcome, E>) {
         use RetryPoint::{AfterFaultIn, BeforeFaultIn, UnderLock};
         match result {
-            Ok(FaultOutcome::Retry(Retry { point: BeforeFaultIn | AfterFaultIn | UnderLock, .. })) => {
+            Ok(FaultOutcome::Retry(Retry { point: BeforeFaultIn | AfterFaultIn | UnderLock, range })) => {
                 if self.served.get().is_some() {
                     // It is to wait: nobody is to wait for it meanwhile.
                     self.end_turn();
                 }
-                self.retries.retried(fault.space, fault.gfn, S::Platform::now_ns());
+                if self.retries.retried(fault.space, fault.gfn, S::Platform::now_ns()) >= turns.after {
+                    self.shared.claim.claim(*range);
+                }
             }
             _ => {
                 let Some(since_ns) = self.retries.done(fault.space, fault.gfn) else { return };

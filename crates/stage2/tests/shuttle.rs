@@ -217,7 +217,8 @@ mod broken {
         // That there is one is what is wanted, not the schedule.
         let mut config = Config::new();
         config.failure_persistence = FailurePersistence::None;
-        let scheduler = PctScheduler::new(CHANGES, SCHEDULES);
+        // The first that fails is the last.
+        let scheduler = PctScheduler::new(CHANGES, 20 * SCHEDULES);
         let result = catch_unwind(|| Runner::new(scheduler, config).run(model));
         mutation::set(None);
         set_hook(hook);

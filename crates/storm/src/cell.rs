@@ -158,7 +158,7 @@ measured! {
         /// Retries of the fault that had most.
         #[serde(skip_serializing_if = "Option::is_none")]
         most_retries: Option<u64>,
-        /// Ends of covering invalidations that a fault saw before it was served, at most.
+        /// Ends of covering invalidations that a fault saw before it was served, once it had been told to retry; at most.
         #[serde(skip_serializing_if = "Option::is_none")]
         most_ends: Option<u64>,
         /// Pages resolved and thrown away.

@@ -104,6 +104,8 @@ struct Pending {
     gfn: Gfn,
     started_ns: u64,
     since: [Since; MAX_THREADS],
+    /// When it was first told to retry.
+    held_since: [Since; MAX_THREADS],
     retries: u64,
 }
 
@@ -180,14 +182,16 @@ impl<'m, 'r> Guest<'m, 'r> {
                 None => self.next(),
             };
             if !self.access(gfn) {
-                self.pending.get_or_insert_with(|| Pending {
-                    gfn,
-                    started_ns: Threads::now_ns(),
-                    since: core::array::from_fn(|thread| {
-                        self.shared.windows.get(thread).map_or(Since::default(), Windows::since)
-                    }),
-                    retries: 0,
-                });
+                if self.pending.is_none() {
+                    let since = self.since();
+                    self.pending = Some(Pending {
+                        gfn,
+                        started_ns: Threads::now_ns(),
+                        since,
+                        held_since: since,
+                        retries: 0,
+                    });
+                }
                 return Some(gfn);
             }
             self.seen.accesses += 1;
@@ -201,6 +205,13 @@ impl<'m, 'r> Guest<'m, 'r> {
             }
         }
         None
+    }
+
+    /// What each thread has taken away by now.
+    fn since(&self) -> [Since; MAX_THREADS] {
+        core::array::from_fn(|thread| {
+            self.shared.windows.get(thread).map_or(Since::default(), Windows::since)
+        })
     }
 
     #[inline]
@@ -255,7 +266,11 @@ impl<'m, 'r> Guest<'m, 'r> {
                     self.seen.doomed_cpu_ns += spent * SAMPLED;
                 }
                 self.seen.retries[point as usize] += 1;
+                let now = self.since();
                 if let Some(pending) = &mut self.pending {
+                    if pending.retries == 0 {
+                        pending.held_since = now;
+                    }
                     pending.retries += 1;
                 }
                 if self.shared.after_retry == AfterRetry::Park {
@@ -276,14 +291,15 @@ impl<'m, 'r> Guest<'m, 'r> {
 
     /// The access that had faulted is done.
     fn served(&mut self, pending: Pending) {
-        let Pending { gfn, started_ns, since, retries } = pending;
+        let Pending { gfn, started_ns, since, held_since, retries } = pending;
         let now = Threads::now_ns();
         let seen = &mut self.seen;
         let (mut inside, mut ends) = (false, 0);
-        for (windows, since) in self.shared.windows.iter().zip(since) {
-            let met = windows.met(since, gfn);
-            inside |= met.inside;
-            ends += met.ends;
+        for (windows, (since, held_since)) in
+            self.shared.windows.iter().zip(since.into_iter().zip(held_since))
+        {
+            inside |= windows.met(since, gfn).inside;
+            ends += if retries > 0 { windows.met(held_since, gfn).ends } else { 0 };
         }
         seen.faults += 1;
         seen.most_retries = seen.most_retries.max(retries);

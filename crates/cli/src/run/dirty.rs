@@ -22,7 +22,7 @@ use super::machine::Engine;
 const PARTS: u32 = 2;
 const ROUNDS: u32 = 2;
 const ROUND_EVERY: Duration = Duration::from_millis(15);
-const RINGS_A_ROUND: u32 = 10;
+const RINGS_A_ROUND: u32 = 3;
 
 /// What was logged and compared.
 #[derive(Debug, Default)]
