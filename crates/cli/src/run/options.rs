@@ -292,8 +292,8 @@ impl RunArgs {
                 precheck: self.precheck.into(),
                 scope: self.sequence.into(),
                 witness: self.witness.into(),
-                // Faults of software vCPUs are cheap and many; those that userfaultfd brings are neither.
-                barrier: if guest == GuestKind::Soft { Barrier::Heavy } else { Barrier::Symmetric },
+                // A fence hardly shows in a fault, and the heavy barrier interrupts every vCPU.
+                barrier: Barrier::Symmetric,
                 ..Policy::default()
             },
             seed: self.seed,
