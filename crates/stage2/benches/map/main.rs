@@ -1,7 +1,7 @@
 //! What an install costs, as ratios taken in one run: ours, which any number of threads may do at once, beside other
 //! crates' mappers, which have one writer, or a mutex. The same format (NPT, which is x86's), the same memory, 4 KiB pages
 //! over 4 GiB, tables linked as they are needed. Ours bare, as theirs are, and with all that a fault does around an
-//! install. `cargo bench -p afterimage-stage2 --bench map`, or with `sequential`, `random` or `instructions` behind it.
+//! install. `cargo bench -p afterimage-stage2 --bench map`, or with `sequential`, `random`, `unmap` or `instructions` behind it.
 
 #[path = "../compare/mod.rs"]
 mod compare;
@@ -14,7 +14,7 @@ use std::ops::Range;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use afterimage_mmu::{Barrier, Gfn, Mapped, PageSize, Pfn};
+use afterimage_mmu::{Barrier, Gfn, GfnRange, Mapped, PageSize, Pfn};
 use afterimage_stage2::{Execute, Leaf, MapError, MemoryType, Npt4, TableCache, Tables, Writable};
 
 use compare::{Measured, compare, per};
@@ -174,6 +174,37 @@ fn all(title: &str, order: Order) {
     compare(&format!("{title}, two threads"), "an install", ROUNDS, two);
 }
 
+/// 1 GiB.
+const UNMAPPED: u64 = 1 << 18;
+
+/// The time to take away what was mapped before the clock runs.
+fn unmapped<M: Map>(mut tables: M, unmap: impl FnOnce(&mut M)) -> f64 {
+    let _ = timed(Order::Sequential, 0..UNMAPPED, &mut tables);
+    let started = Instant::now();
+    unmap(&mut tables);
+    per(started.elapsed(), UNMAPPED)
+}
+
+fn unmap() {
+    let measured: Vec<Measured<'_>> = vec![
+        ("x86_64, one writer", Box::new(|| unmapped(X86::new(), |theirs| theirs.unmap(UNMAPPED)))),
+        (
+            "page_table_multiarch, one writer",
+            Box::new(|| unmapped(Multiarch::new(), |theirs| theirs.unmap(UNMAPPED))),
+        ),
+        (
+            "ours, bare",
+            Box::new(|| {
+                let tables = tables();
+                unmapped(Ours::new(&tables), |ours| {
+                    assert_eq!(ours.tables.zap(GfnRange::new(Gfn::new(0), Gfn::new(UNMAPPED))), UNMAPPED);
+                })
+            }),
+        ),
+    ];
+    compare("1 GiB taken away, no flush", "a page", ROUNDS, measured);
+}
+
 fn main() -> ExitCode {
     if let Some(ended) = instructions::child() {
         return ended;
@@ -182,6 +213,7 @@ fn main() -> ExitCode {
         ("instructions", instructions::count_all),
         ("sequential", || all("4 GiB in sequence", Order::Sequential)),
         ("random", || all("4 GiB in random order", Order::Random)),
+        ("unmap", unmap),
     ]);
     ExitCode::SUCCESS
 }

@@ -61,6 +61,17 @@ impl X86 {
     }
 }
 
+impl X86 {
+    /// Unmaps the first `frames` frames, with a flush of none.
+    pub(crate) fn unmap(&mut self, frames: u64) {
+        for gfn in 0..frames {
+            let page = Page::<Size4KiB>::containing_address(VirtAddr::new(gfn << 12));
+            let (_, flush) = self.mapper.unmap(page).expect("all of them are mapped");
+            flush.ignore();
+        }
+    }
+}
+
 impl Map for X86 {
     #[inline(never)]
     fn map(&mut self, gfn: u64, pfn: u64) {
@@ -129,6 +140,19 @@ impl Multiarch {
     pub(crate) fn new() -> Self {
         let pool = Pool::new();
         Self { table: X64PageTable::try_new().expect("the pool was just made"), _pool: pool }
+    }
+}
+
+impl Multiarch {
+    /// Unmaps the first `frames` frames, with a flush of none.
+    pub(crate) fn unmap(&mut self, frames: u64) {
+        let mut cursor = self.table.cursor();
+        for gfn in 0..frames {
+            let page = TheirVirtAddr::from((gfn << 12) as usize);
+            cursor.unmap(page).expect("all of them are mapped");
+        }
+        // It would flush now, by an instruction that only a kernel may execute.
+        std::mem::forget(cursor);
     }
 }
 
