@@ -4,12 +4,11 @@ use loom::sync::Arc;
 use loom::sync::atomic::{AtomicU64, Ordering};
 use loom::thread;
 
-use super::{fails_without, holds};
-use crate::addr::{FRAME_BYTES, Gfn, GfnRange, Hva, Pfn};
+use super::{NoPage, fails_without, holds};
+use crate::addr::{FRAME_BYTES, Gfn, GfnRange, Hva};
 use crate::guest_mmu::{GuestMmu, Policy, Precheck, YieldPolicy};
 use crate::host::{
-    Access, FastFault, Fault, FaultInError, Found, Mapped, PageRef, PageUse, Patience, PrimaryMmu,
-    SecondaryMmu, Zap,
+    Access, FastFault, Fault, FaultInError, Found, Mapped, Patience, PrimaryMmu, SecondaryMmu, Zap,
 };
 use crate::intent::Walker;
 use crate::invalidation::{Fresh, Snapshot};
@@ -26,20 +25,6 @@ const WRITABLE: u64 = 1;
 
 /// One entry: whether its page may be written. It is always there.
 struct OneEntry(AtomicU64);
-
-struct NoPage;
-
-impl PageRef for NoPage {
-    fn pfn(&self) -> Pfn {
-        Pfn::new(0)
-    }
-
-    fn is_writable(&self) -> bool {
-        true
-    }
-
-    fn release(self, _used: PageUse) {}
-}
 
 impl SecondaryMmu for OneEntry {
     type Platform = Loom;

@@ -23,10 +23,27 @@ use std::eprintln;
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
+use crate::addr::Pfn;
+use crate::host::{PageRef, PageUse};
 use crate::mutation::Mutation;
 
 /// A mutation is switched on for the whole process, and two cores are few: one model runs at a time.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+/// The page of models in which nobody gets one.
+struct NoPage;
+
+impl PageRef for NoPage {
+    fn pfn(&self) -> Pfn {
+        Pfn::new(0)
+    }
+
+    fn is_writable(&self) -> bool {
+        true
+    }
+
+    fn release(self, _used: PageUse) {}
+}
 
 fn explore(name: &str, preemptions: usize, model: impl Fn() + Send + Sync + 'static) {
     let mut builder = loom::model::Builder::new();

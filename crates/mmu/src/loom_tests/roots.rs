@@ -5,11 +5,11 @@ use loom::sync::Arc;
 use loom::sync::atomic::{AtomicUsize, Ordering};
 use loom::thread;
 
-use super::{RACE, fails_without, holds};
+use super::{NoPage, RACE, fails_without, holds};
 use crate::addr::{GfnRange, Pfn};
 use crate::flush::Flush;
 use crate::guest_mmu::{GuestMmu, Policy, YieldPolicy};
-use crate::host::{Fault, Mapped, PageRef, PageUse, SecondaryMmu, Zap};
+use crate::host::{Fault, Mapped, SecondaryMmu, Zap};
 use crate::invalidation::Fresh;
 use crate::mutation::Mutation;
 use crate::platform::model::Loom;
@@ -27,20 +27,6 @@ struct Roots {
 #[expect(unsafe_code)]
 // SAFETY: one of loom's threads runs at a time, and the model ends where nothing orders two accesses of a cell.
 unsafe impl Sync for Roots {}
-
-struct NoPage;
-
-impl PageRef for NoPage {
-    fn pfn(&self) -> Pfn {
-        Pfn::new(0)
-    }
-
-    fn is_writable(&self) -> bool {
-        false
-    }
-
-    fn release(self, _used: PageUse) {}
-}
 
 impl Roots {
     fn current(&self) -> usize {
