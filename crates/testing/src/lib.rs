@@ -1,9 +1,11 @@
-//! What the tests of several crates need of the machine. No part of the product: a dev-dependency and nothing else.
+//! What the tests of several crates share. No part of the product: a dev-dependency and nothing else.
 //!
 //! A test that lacks something skips through [`skip`]. A test that uses the system's 2 MiB pages has a claim to them,
-//! [`HugePages`], as long as it runs.
+//! [`HugePages`], as long as it runs. `schedules` runs the models of crates that are built on loom's atomics.
 
 mod huge_pages;
+#[cfg(any(loom, loom_tables))]
+pub mod schedules;
 
 use core::fmt::Display;
 use std::io::Write as _;
