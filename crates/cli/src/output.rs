@@ -6,9 +6,14 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
+use rustix::fs::{FallocateFlags, fallocate};
+use rustix::io::{Errno, retry_on_intr};
 use serde::Serialize;
+
+use crate::{EXIT_USAGE, EXIT_WRONG};
 
 /// The place for one document.
 #[derive(Debug)]
@@ -53,14 +58,33 @@ impl Output {
     /// It is the source; or one of the two cannot be looked at.
     pub(crate) fn other_than(self, source: &Path) -> Result<Self> {
         if let Self::File(output) = &self {
-            let (about, other) = (output.file.metadata()?, source.metadata()?);
-            ensure!(
-                (about.dev(), about.ino()) != (other.dev(), other.ino()),
-                "{} would overwrite --source",
-                output.path.display()
-            );
+            let other = File::open(source)?;
+            ensure!(!output.is_same(&other)?, "{} would overwrite --source", output.path.display());
         }
         Ok(self)
+    }
+
+    /// Whether each of `outputs` has a place of its own.
+    ///
+    /// # Errors
+    /// Two would be written to the same file, or to standard output; or one cannot be looked at.
+    pub(crate) fn check_apart(outputs: &[&Self]) -> Result<()> {
+        for (index, one) in outputs.iter().enumerate() {
+            for other in &outputs[..index] {
+                match (other, one) {
+                    (Self::Standard, Self::Standard) => {
+                        anyhow::bail!("two results would be written to standard output: name a file for one")
+                    }
+                    (Self::File(other), Self::File(one)) => ensure!(
+                        !one.is_same(&other.file)?,
+                        "two results would be written to {}: name another file for one",
+                        one.path.display()
+                    ),
+                    _ => {}
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Whether standard output is kept for it.
@@ -71,7 +95,7 @@ impl Output {
     /// Writes all of it.
     ///
     /// # Errors
-    /// It cannot be written. Nothing of it is left in a file.
+    /// It cannot be written. Where the disk is full, a file is as it was before; else nothing is left in it.
     pub(crate) fn write(self, text: &str) -> Result<()> {
         match self {
             Self::Standard => print(&mut io::stdout().lock(), text).context("the result cannot be written"),
@@ -84,7 +108,7 @@ impl Output {
     /// Writes `value` as JSON.
     ///
     /// # Errors
-    /// It cannot be written. Nothing of it is left in a file.
+    /// As for [`write`](Self::write).
     pub(crate) fn write_json(self, value: &impl Serialize) -> Result<()> {
         self.write(&(serde_json::to_string_pretty(value)? + "\n"))
     }
@@ -103,20 +127,53 @@ impl Output {
     }
 }
 
+/// The exit code of what ran, and was `good` or not, once its results are `kept` or not. Says why not, each.
+pub(crate) fn ended<const N: usize>(good: bool, kept: [Result<()>; N]) -> ExitCode {
+    let mut lost = false;
+    for error in kept.into_iter().filter_map(Result::err) {
+        eprintln!("afterimage: {error:#}");
+        lost = true;
+    }
+    match (good, lost) {
+        (false, _) => ExitCode::from(EXIT_WRONG),
+        (true, true) => ExitCode::from(EXIT_USAGE),
+        (true, false) => ExitCode::SUCCESS,
+    }
+}
+
 impl OutputFile {
     fn replace(&mut self, text: &[u8]) -> io::Result<()> {
         // Pipes and devices have no length.
         let has_length = self.file.metadata()?.is_file();
         if has_length {
-            self.file.set_len(0)?;
+            self.make_room(text.len() as u64)?;
         }
         let written = self.file.write_all(text);
         match written {
-            Ok(()) => self.is_made = false,
+            Ok(()) => {
+                self.is_made = false;
+                if has_length {
+                    self.file.set_len(text.len() as u64)?;
+                }
+            }
             Err(_) if has_length => self.file.set_len(0)?,
             Err(_) => {}
         }
         written
+    }
+
+    /// Has the file system keep room for so many bytes, while the file is still as it was.
+    fn make_room(&self, bytes: u64) -> io::Result<()> {
+        match retry_on_intr(|| fallocate(&self.file, FallocateFlags::KEEP_SIZE, 0, bytes)) {
+            // It cannot promise any. Whether there is room is seen when it is written.
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
+            done => Ok(done?),
+        }
+    }
+
+    fn is_same(&self, other: &File) -> io::Result<bool> {
+        let (about, other) = (self.file.metadata()?, other.metadata()?);
+        Ok(about.is_file() && (about.dev(), about.ino()) == (other.dev(), other.ino()))
     }
 }
 

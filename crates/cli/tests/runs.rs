@@ -398,7 +398,7 @@ fn json_that_cannot_be_written_is_a_failure() {
         return skip(test, "there is no /dev/full");
     }
     let ended = to_end(afterimage().args(["run", "--duration", "200ms", "--json", "/dev/full"]));
-    assert_eq!(ended.code(), 1, "{ended:?}");
+    assert_eq!(ended.code(), 2, "{ended:?}");
     assert!(ended.stdout.contains("verified accesses"), "{}", ended.stdout);
     let last = ended.stderr.lines().last().expect("a reason");
     assert!(last.starts_with("afterimage: the result cannot be written to /dev/full: "), "{last}");

@@ -2,6 +2,9 @@
 
 mod command;
 
+use std::process::{Command, Stdio};
+
+use afterimage_testing::skip;
 use rustix::process::Signal;
 use serde_json::Value;
 
@@ -151,7 +154,12 @@ fn with_the_checks_a_doomed_fault_disturbs_nobody() {
 #[test]
 fn what_cannot_blow_is_refused_in_one_sentence() {
     for (options, part) in [
-        (&["--repeat", "0"][..], "--repeat 0"),
+        (&["--repeat", "0"][..], "--repeat is 0, and must be from 1 to 1000"),
+        // As many runs as would fill the machine's memory before the first began.
+        (&["--repeat", "99999999999"], "and must be from 1 to 1000"),
+        (&["--kernel", "--repeat", "1001"], "and must be from 1 to 1000"),
+        (&["--json", "-", "--report", "-"], "two results would be written to standard output"),
+        (&["--json", "/nowhere/at.all"], "/nowhere/at.all cannot be written"),
         (&["--vcpus", "0"], "1 to 256 vCPUs"),
         (&["--vcpus", "257"], "1 to 256 vCPUs"),
         (&["--threads", "9"], "1 to 8 threads"),
@@ -159,7 +167,6 @@ fn what_cannot_blow_is_refused_in_one_sentence() {
         (&["--memory", "12T"], "512 KiB to 256 GiB"),
         (&["--simulate", "--memory", "65T"], "512 KiB to 64 TiB"),
         (&["--simulate", "--vcpus", "5000"], "1 to 4096 vCPUs"),
-        (&["--json", "/nowhere/at.all"], "/nowhere/at.all cannot be written"),
     ] {
         let ended = to_end(afterimage().arg("storm").args(options));
         assert_eq!(ended.code(), 2, "{options:?}: {ended:?}");
@@ -170,6 +177,55 @@ fn what_cannot_blow_is_refused_in_one_sentence() {
     let ended = to_end(afterimage().args(["storm", "--precheck", "sometimes"]));
     assert_eq!(ended.code(), 2);
     assert!(ended.stderr.contains("write one of off, before, after, both"), "{}", ended.stderr);
+}
+
+#[test]
+fn what_contradicts_is_refused() {
+    for options in [
+        &["--kernel", "--simulate"][..],
+        &["--kernel", "--coverage", "exact"],
+        &["--kernel", "--turns", "slice"],
+        &["--beside", "a.json", "--scenario", "A"],
+        &["--beside", "a.json", "--kernel"],
+    ] {
+        let ended = to_end(afterimage().arg("storm").args(options));
+        assert_eq!((ended.code(), ended.stdout.as_str()), (2, ""), "{options:?}: {ended:?}");
+        assert!(ended.stderr.contains("cannot be used with"), "{options:?}: {}", ended.stderr);
+    }
+}
+
+#[test]
+fn each_result_has_a_file_of_its_own() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("cells.json");
+    let link = directory.path().join("link");
+    std::os::unix::fs::symlink(&path, &link).expect("a link");
+    let ended = to_end(afterimage().args(["storm", "--json"]).arg(&path).arg("--trace").arg(&link));
+    assert_eq!((ended.code(), ended.stdout.as_str()), (2, ""), "{ended:?}");
+    assert!(ended.stderr.contains("two results would be written to "), "{}", ended.stderr);
+    assert!(!path.exists(), "nothing is left behind");
+}
+
+/// Of several results, what cannot be kept takes nothing else with it.
+#[test]
+fn a_result_that_cannot_be_kept_takes_no_other_with_it() {
+    let _alone = alone();
+    let test = "a_result_that_cannot_be_kept_takes_no_other_with_it";
+    if !std::path::Path::new("/dev/full").exists() {
+        return skip(test, "there is no /dev/full");
+    }
+    let directory = tempfile::tempdir().expect("a directory");
+    let report = directory.path().join("report.html");
+    let options =
+        ["--scenario", "E", "--memory", "1M", "--duration", "5ms", "--repeat", "1", "--no-baseline"];
+    let mut command = afterimage();
+    command.args(["storm", "--json", "/dev/full", "--report"]).arg(&report).args(options);
+    let ended = to_end(&mut command);
+    assert_eq!(ended.code(), 2, "{ended:?}");
+    assert!(ended.stderr.contains("cannot be written to /dev/full: No space left"), "{}", ended.stderr);
+    assert!(ended.stdout.contains("WRONG PAGES"), "the table is shown: {}", ended.stdout);
+    let page = std::fs::read_to_string(&report).expect("it is there");
+    assert!(page.ends_with("</html>\n"), "the page is whole");
 }
 
 #[test]
@@ -203,4 +259,25 @@ fn the_simulation_goes_beyond_the_machine_and_says_what_it_is_worth() {
     let cells = command::read_json(&path).expect("it wrote its cells");
     assert_eq!(cells[0]["engine"], "simulation");
     assert!(number(&cells[0], "/faults") > 0.0 && number(&cells[0], "/invalidations") > 0.0);
+}
+
+/// A file system that is full, in a namespace of its own, which goes with the command.
+#[test]
+fn a_full_disk_keeps_the_result_before() {
+    let _alone = alone();
+    let test = "a_full_disk_keeps_the_result_before";
+    let directory = tempfile::tempdir().expect("a directory");
+    // Room for the old result, and not for all cells.
+    let script = "mount -t tmpfs -o size=4k none . && cd \"$PWD\" && printf old > cells.json || exit 77
+        \"$0\" storm --scenario E --memory 1M --duration 5ms --repeat 1 --json cells.json
+        echo \"code $?\"; cat cells.json";
+    let mut command = Command::new("unshare");
+    command.args(["-m", "sh", "-c", script, env!("CARGO_BIN_EXE_afterimage")]).stdin(Stdio::null());
+    let ended = to_end(command.current_dir(directory.path()));
+    if !ended.stdout.contains("code ") {
+        return skip(test, format!("nothing can be mounted here: {}", ended.stderr));
+    }
+    assert!(ended.stdout.contains("WRONG PAGES"), "the table is shown: {ended:?}");
+    assert!(ended.stdout.ends_with("code 2\nold"), "{ended:?}");
+    assert!(ended.stderr.contains("cells.json: No space left on device"), "{ended:?}");
 }

@@ -26,8 +26,7 @@ pub(crate) use self::options::RunArgs;
 use self::options::RunPlan;
 use self::pressure::Pressure;
 use self::report::{Outcome, RunReport};
-use crate::EXIT_WRONG;
-use crate::output::Output;
+use crate::output::{Output, ended};
 
 /// How often the run is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
@@ -61,16 +60,16 @@ pub(crate) fn run(args: RunArgs) -> Result<ExitCode> {
         crate::units::show_bytes(plan.resident),
         crate::units::show_bytes(plan.page_size.bytes()),
     );
-    // From here on nothing is refused any more: what goes wrong is a result.
-    let good = finish(&plan, machine, json, &interrupted).unwrap_or_else(|error| {
-        eprintln!("afterimage: {error:#}");
-        false
-    });
-    Ok(if good { ExitCode::SUCCESS } else { ExitCode::from(EXIT_WRONG) })
+    finish(&plan, machine, json, &interrupted)
 }
 
-/// Runs to the end and reports. Whether all was as it should be.
-fn finish(plan: &RunPlan, machine: Machine, json: Option<Output>, interrupted: &AtomicBool) -> Result<bool> {
+/// Runs to the end and reports: what goes wrong from here on is a result.
+fn finish(
+    plan: &RunPlan,
+    machine: Machine,
+    json: Option<Output>,
+    interrupted: &AtomicBool,
+) -> Result<ExitCode> {
     let pressure = Pressure::start(plan, &machine)?;
     let mut failures = watch(plan, &machine, &pressure, interrupted);
     let mut outcome = stop(machine, pressure, &mut failures)?;
@@ -81,11 +80,9 @@ fn finish(plan: &RunPlan, machine: Machine, json: Option<Output>, interrupted: &
     let report = RunReport::new(plan, outcome);
     // The JSON first: it is for programs, which wait for it, and the table for a reader, who may have gone.
     let is_taken = json.as_ref().is_some_and(Output::is_standard);
-    let kept = json.map_or(Ok(()), |json| json.write_json(&report));
-    let shown = Output::show(&report.to_string(), is_taken);
-    kept?;
-    shown?;
-    Ok(report.is_good())
+    let kept =
+        [json.map_or(Ok(()), |json| json.write_json(&report)), Output::show(&report.to_string(), is_taken)];
+    Ok(ended(report.is_good(), kept))
 }
 
 /// Waits for the end of the time, for Ctrl-C, or for something to go wrong, which it returns.

@@ -19,8 +19,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 
 pub(crate) use self::options::StormArgs;
 use self::table::Table;
-use crate::EXIT_WRONG;
-use crate::output::Output;
+use crate::output::{Output, ended};
 
 /// Lets a storm blow, and reports.
 pub(crate) fn run(args: StormArgs) -> Result<ExitCode> {
@@ -35,6 +34,9 @@ pub(crate) fn run(args: StormArgs) -> Result<ExitCode> {
     // Opened first: a storm whose result cannot be kept does not blow.
     let open = |path: &Option<PathBuf>| path.as_deref().map(Output::open).transpose();
     let (json, trace, report) = (open(&plan.json)?, open(&plan.trace)?, open(&plan.report)?);
+    let outputs: Vec<_> = [&json, &trace, &report].into_iter().flatten().collect();
+    Output::check_apart(&outputs)?;
+    let is_taken = outputs.into_iter().any(Output::is_standard);
     let interrupted = interrupted()?;
     eprintln!("afterimage storm: {} runs of {:?} each", plan.matrix.runs(), plan.duration);
     let bar = bar(plan.matrix.runs());
@@ -58,18 +60,14 @@ pub(crate) fn run(args: StormArgs) -> Result<ExitCode> {
     };
     bar.finish_and_clear();
     let cells: Vec<Cell> = outcomes.iter().map(|Outcome { cell, .. }| cell.clone()).collect();
-    let is_taken = [&json, &trace, &report].into_iter().flatten().any(Output::is_standard);
-    if let Some(json) = json {
-        json.write_json(&cells)?;
-    }
-    if let Some(trace) = trace {
-        trace.write(&trace::trace(&outcomes).to_string())?;
-    }
-    if let Some(report) = report {
-        report.write(&report::page(&outcomes, &machine()))?;
-    }
-    Output::show(&format!("{worth}{}", Table(&cells)), is_taken)?;
-    Ok(if cells.iter().all(Cell::is_good) { ExitCode::SUCCESS } else { ExitCode::from(EXIT_WRONG) })
+    // One that cannot be kept does not take the others with it.
+    let kept = [
+        json.map_or(Ok(()), |json| json.write_json(&cells)),
+        trace.map_or(Ok(()), |trace| trace.write(&trace::trace(&outcomes).to_string())),
+        report.map_or(Ok(()), |report| report.write(&report::page(&outcomes, &machine()))),
+        Output::show(&format!("{worth}{}", Table(&cells)), is_taken),
+    ];
+    Ok(ended(cells.iter().all(Cell::is_good), kept))
 }
 
 /// What was measured on, in a few words.

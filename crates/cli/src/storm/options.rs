@@ -24,6 +24,9 @@ const STORY: [Policies; 6] = [
     Policies::OURS,
 ];
 
+/// The most runs of a cell: they are all kept until its medians are known.
+const MAX_REPEAT: usize = 1000;
+
 /// What can be asked of `storm`.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct StormArgs {
@@ -79,10 +82,10 @@ pub(crate) struct StormArgs {
     #[arg(long)]
     no_baseline: bool,
     /// With a real guest on this host's KVM, and with its kernel's own invalidations, instead of with our engine
-    #[arg(long, conflicts_with_all = ["precheck", "yielding", "sequence", "witness", "after_retry", "shuffle", "trace", "report"])]
+    #[arg(long, conflicts_with_all = ["precheck", "yielding", "sequence", "coverage", "turns", "witness", "after_retry", "simulate", "shuffle", "trace", "report"])]
     pub(super) kernel: bool,
     /// Set what `storm --kernel --json` wrote on several hosts beside each other, and run nothing
-    #[arg(long, value_name = "FILES", num_args = 1.., conflicts_with_all = ["kernel", "json", "trace", "report"])]
+    #[arg(long, value_name = "FILES", num_args = 1.., exclusive = true)]
     pub(super) beside: Vec<PathBuf>,
     /// Write the cells as JSON; "-" for standard output, and the table to standard error then
     #[arg(long, value_name = "FILE")]
@@ -111,7 +114,7 @@ pub(crate) struct StormPlan {
 impl StormArgs {
     /// Everything that can be refused before anything starts is refused here.
     pub(crate) fn plan(self) -> Result<StormPlan> {
-        ensure!(self.repeat > 0, "--repeat 0 would measure nothing: ask for 1 or more");
+        self.check_repeat()?;
         let scenarios = if self.scenario.is_empty() { Scenario::ALL } else { &self.scenario };
         let policies = self.policies();
         let mut storms = Vec::new();
@@ -149,7 +152,7 @@ impl StormArgs {
 
     /// The same for the kernel that is running.
     pub(super) fn kernel_plan(self) -> Result<KernelPlan> {
-        ensure!(self.repeat > 0, "--repeat 0 would measure nothing: ask for 1 or more");
+        self.check_repeat()?;
         let scenarios = if self.scenario.is_empty() { Scenario::ALL.to_vec() } else { self.scenario };
         let plan = KernelPlan {
             scenarios,
@@ -164,6 +167,15 @@ impl StormArgs {
         };
         plan.check()?;
         Ok(plan)
+    }
+
+    fn check_repeat(&self) -> Result<()> {
+        let repeat = self.repeat;
+        ensure!(
+            (1..=MAX_REPEAT).contains(&repeat),
+            "--repeat is {repeat}, and must be from 1 to {MAX_REPEAT}"
+        );
+        Ok(())
     }
 
     /// Every combination of what was asked for, and as in Linux where nothing was; the story if nothing was at all.

@@ -30,8 +30,7 @@ use self::cell::{KernelCell, KernelTable};
 use self::memory::By;
 use self::watched::{Tables, Watched};
 use super::{bar, interrupted};
-use crate::EXIT_WRONG;
-use crate::output::Output;
+use crate::output::{Output, ended};
 
 /// How long a run that is recorded blows, at most.
 const RECORDED: Duration = Duration::from_millis(100);
@@ -126,12 +125,11 @@ pub(crate) fn run(plan: &KernelPlan) -> Result<ExitCode> {
     }
     bar.finish_and_clear();
     let is_taken = json.as_ref().is_some_and(Output::is_standard);
-    if let Some(json) = json {
-        json.write_json(&cells)?;
-    }
-    Output::show(&KernelTable { cells: &cells, left_out: &left_out }.to_string(), is_taken)?;
-    let is_good = cells.iter().all(|cell| cell.cell.is_good());
-    Ok(if is_good { ExitCode::SUCCESS } else { ExitCode::from(EXIT_WRONG) })
+    let kept = [
+        json.map_or(Ok(()), |json| json.write_json(&cells)),
+        Output::show(&KernelTable { cells: &cells, left_out: &left_out }.to_string(), is_taken),
+    ];
+    Ok(ended(cells.iter().all(|cell| cell.cell.is_good()), kept))
 }
 
 fn load_name(load: Load) -> &'static str {
