@@ -150,6 +150,7 @@ fn huge_pages_are_moved_as_a_whole() {
     let run = run(options);
     check_good(&run);
     assert_eq!(run.json["options"]["page_size"], "2m");
+    assert_eq!(run.number("/options/pressure"), 12, "about as many bytes as with small pages");
     assert_eq!(run.number("/zapped_frames") % 512, 0);
 }
 

@@ -206,5 +206,7 @@ fn options_of_other_guests_are_refused() {
     refused(&["--guest", "soft", "--invalidate", "split"], "--invalidate split is for large pages");
     refused(&["--guest", "soft", "--invalidate", "nx"], "--invalidate nx is for large pages");
     refused(&["--guest", "soft", "--dirty", "ring"], "--invalidate dirty");
+    refused(&["--guest", "soft", "--nx-ratio", "2"], "--invalidate nx");
+    refused(&["--guest", "soft", "--nx-period", "2ms"], "--invalidate nx");
     refused(&["--invalidate", "evict,age"], "--invalidate age is only for --guest soft");
 }

@@ -26,6 +26,14 @@ use crate::units;
 /// invalidations of warm memory meet a vCPU that runs in it, and all of memory is still visited.
 const LOCALITY: Locality = Locality { probability: 1.0 / 256.0, pages: 256, accesses: 30_000 };
 
+/// Evictions a second beyond the budget's: with large pages as many as take about the same number of bytes.
+const PRESSURE: u32 = 200;
+const LARGE_PRESSURE: u32 = 12;
+
+/// How large pages are recovered where nothing else is asked for.
+const NX_RATIO: NonZeroU32 = NonZeroU32::new(4).expect("four is not zero");
+const NX_PERIOD: Duration = Duration::from_millis(5);
+
 /// What can be asked of `run`.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct RunArgs {
@@ -65,15 +73,15 @@ pub(crate) struct RunArgs {
     /// Where the writes of --guest soft are logged for --invalidate dirty [default: bitmap]
     #[arg(long, value_enum)]
     dirty: Option<DirtyChoice>,
-    /// Of --invalidate nx: blocks that were fetched from, of which one is recovered in each period
-    #[arg(long, default_value_t = NonZeroU32::new(4).expect("four is not zero"))]
-    nx_ratio: NonZeroU32,
-    /// The period of --invalidate nx
-    #[arg(long, default_value = "5ms", value_parser = units::duration)]
-    nx_period: Duration,
-    /// Evictions a second beyond what the budget needs, aimed at what the guest uses
-    #[arg(long, default_value_t = 200)]
-    pressure: u32,
+    /// Of --invalidate nx: blocks that were fetched from, of which one is recovered in each period [default: 4]
+    #[arg(long)]
+    nx_ratio: Option<NonZeroU32>,
+    /// The period of --invalidate nx [default: 5ms]
+    #[arg(long, value_parser = units::duration)]
+    nx_period: Option<Duration>,
+    /// Evictions a second beyond what the budget needs, aimed at what the guest uses [default: 200; 12 of 2 MiB pages]
+    #[arg(long)]
+    pressure: Option<u32>,
     /// Where a fault looks, without the lock, whether it is doomed; "off" is Linux before d02c357e5bfa
     #[arg(long, value_enum, default_value_t = PrecheckChoice::Both)]
     precheck: PrecheckChoice,
@@ -248,6 +256,12 @@ impl RunArgs {
             HostPlan::Uffd(uffd) => Some(uffd),
             HostPlan::Soft(_) => None,
         };
+        let pressure = self.pressure.unwrap_or(match page_size {
+            PageSize::Size4K => PRESSURE,
+            PageSize::Size2M | PageSize::Size1G => LARGE_PRESSURE,
+        });
+        let nx =
+            NxPlan { ratio: self.nx_ratio.unwrap_or(NX_RATIO), period: self.nx_period.unwrap_or(NX_PERIOD) };
         let shown = ShownOptions {
             duration_ms: u64::try_from(self.duration.as_millis()).unwrap_or(u64::MAX),
             format: match &host {
@@ -261,10 +275,10 @@ impl RunArgs {
             backing: served.map(|_| name(self.backing.unwrap_or(BackingChoice::Shared))),
             workload: workload.to_string(),
             source: self.source,
-            nx_ratio: invalidate.contains(&InvalidateChoice::Nx).then_some(self.nx_ratio.get()),
+            nx_ratio: invalidate.contains(&InvalidateChoice::Nx).then_some(nx.ratio.get()),
             dirty: invalidate.contains(&InvalidateChoice::Dirty).then(|| name(dirty)),
             invalidate: invalidate.iter().map(|choice| name(*choice)).collect(),
-            pressure: self.pressure,
+            pressure,
             precheck: name(self.precheck),
             sequence: name(self.sequence),
             witness: name(self.witness),
@@ -286,8 +300,8 @@ impl RunArgs {
             workload,
             source,
             invalidate,
-            pressure: self.pressure,
-            nx: NxPlan { ratio: self.nx_ratio, period: self.nx_period },
+            pressure,
+            nx,
             policy: Policy {
                 precheck: self.precheck.into(),
                 scope: self.sequence.into(),
@@ -334,6 +348,10 @@ impl RunArgs {
         ensure!(
             self.dirty.is_none() || chosen.contains(&InvalidateChoice::Dirty),
             "--dirty says where writes are logged: --invalidate dirty"
+        );
+        ensure!(
+            self.nx_ratio.is_none() && self.nx_period.is_none() || chosen.contains(&InvalidateChoice::Nx),
+            "--nx-ratio and --nx-period say how large pages are recovered: --invalidate nx"
         );
         if let (Some(choice), PageChoice::Small) = (needs_large, self.page_size) {
             bail!("--invalidate {} is for large pages: --page-size 2m", name(*choice));
