@@ -88,6 +88,8 @@ const NUMBERS: &[&str] = &[
     "/latency_ns/outside/p999",
     "/latency_ns/outside/max",
     "/stored_bytes",
+    "/memory/store_refusals",
+    "/memory/beyond_budget_pages",
     "/memory/from_source_frames",
     "/memory/from_store_frames",
     "/memory/from_zero_frames",
@@ -287,6 +289,29 @@ fn a_guest_has_as_many_vcpus_as_asked_for() {
     }
     for vcpus in [1, 4] {
         good(&["--vcpus", &vcpus.to_string()], json!({ "vcpus": vcpus }));
+    }
+}
+
+/// Evictions end where the store may take no more: that is told, the guest goes on, and every byte is right.
+#[test]
+fn a_full_store_is_told_and_harms_nobody() {
+    let _alone = alone();
+    if !has_guest("a_full_store_is_told_and_harms_nobody") {
+        return;
+    }
+    for guest in [["--guest", "thread"], ["--guest", "soft"]] {
+        let options: Vec<_> = SMALL.into_iter().chain(guest).chain(["--stored", "512k"]).collect();
+        let run = run(options.iter().chain(&["--duration", "1s"]));
+        assert_eq!(run.ended.code(), 0, "{:?}", run.ended);
+        assert_eq!((run.number("/wrong_pages"), run.failures()), (0, vec![]));
+        assert_eq!(run.number("/options/stored"), 512 << 10);
+        assert!(run.number("/memory/store_refusals") > 0, "{:#}", run.json);
+        assert!(run.number("/memory/beyond_budget_pages") > 0, "{:#}", run.json);
+        assert!(run.number("/memory/stored_frames") > 0, "{:#}", run.json);
+        // Its index of 4 bytes a frame, and the lists of what it has taken.
+        let most = (512 << 10) + 4 * 2048 + (64 << 10);
+        assert!(run.number("/stored_bytes") <= most, "{:#}", run.json);
+        assert!(run.ended.stdout.contains("pages stayed, as --stored was reached"), "{:?}", run.ended);
     }
 }
 

@@ -108,12 +108,15 @@ pub enum MemoryError {
         /// What the system said.
         error: io::Error,
     },
-    /// The store's address space is used up. The page was not stored, its bytes are still the caller's.
-    #[error("frame {frame} cannot be stored: the {bytes} bytes of the store's address space are in use")]
+    /// The store has reached its limit. The page was not stored: it stays resident, or its bytes are still the caller's.
+    #[error(
+        "frame {frame} cannot be stored: evicted pages take all of the {bytes} bytes that they may; allow them more, or \
+         discard memory"
+    )]
     StoreFull {
         /// The frame.
         frame: Pfn,
-        /// The size of the store's address space.
+        /// The limit.
         bytes: u64,
     },
     /// The store was asked for a page that it does not hold.

@@ -84,6 +84,23 @@ fn a_discard_that_keeps_the_bytes_shows() {
     });
 }
 
+#[test]
+fn a_page_freed_though_the_store_refused_it_shows() {
+    shows(Mutation::FreeUnstored, || {
+        BACKINGS.into_iter().try_fold(true, |right, backing| {
+            let setup = Setup::new("refused", backing, 4).source(&Stamps::new(4));
+            let machine = Setup { stored: Some(0), ..setup }.start()?;
+            machine.write(1, 7);
+            machine.wait_resident(1);
+            // Refused, or said to be done.
+            let _ = machine.object.evict(machine.pages(1, 2));
+            let is_kept = outcome(&machine, machine.probing(1), 1) == Some(7);
+            drop(machine.stop());
+            Some(right && is_kept)
+        })
+    });
+}
+
 /// The page that was left out can be written while the checkpoint thinks that it stands still.
 #[test]
 fn a_zap_that_forgets_a_page_shows() {

@@ -139,6 +139,8 @@ pub enum Mutation {
     EvictWithoutInvalidation,
     /// What was discarded comes back as it was, not as zeros.
     DiscardKeepsBytes,
+    /// A page that the store has refused is freed.
+    FreeUnstored,
 }
 
 #[cfg(feature = "mutations")]

@@ -151,6 +151,7 @@ impl Machine {
             page_size: plan.page_size,
             source: Some(source),
             resident_bytes: Some(plan.resident),
+            stored_bytes: plan.stored,
             batch_pages: plan.batch_pages,
         };
         let words = match &file {

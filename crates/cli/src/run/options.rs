@@ -55,6 +55,9 @@ pub(crate) struct RunArgs {
     /// The most guest memory that may be resident [default: a quarter of --memory]
     #[arg(long, value_parser = units::bytes)]
     resident: Option<u64>,
+    /// The most memory that evicted pages may take, compressed; beyond it pages stay resident [default: what they need]
+    #[arg(long, value_parser = units::bytes)]
+    stored: Option<u64>,
     /// Size of the pages that memory is moved in
     #[arg(long, value_enum, default_value_t = PageChoice::Small)]
     page_size: PageChoice,
@@ -124,6 +127,7 @@ pub(crate) struct RunPlan {
     pub(crate) vcpus: usize,
     pub(crate) memory: u64,
     pub(crate) resident: u64,
+    pub(crate) stored: Option<u64>,
     pub(crate) batch_pages: u64,
     pub(crate) page_size: PageSize,
     pub(crate) workload: Workload,
@@ -154,6 +158,7 @@ pub(crate) struct ShownOptions {
     vcpus: usize,
     memory: u64,
     resident: u64,
+    stored: Option<u64>,
     page_size: String,
     backing: Option<String>,
     workload: String,
@@ -241,7 +246,9 @@ impl RunArgs {
         }
         .min(resident / page);
         if guest != GuestKind::Soft {
-            hosts::check_huge_pages(page_size, resident / page + batch_pages)?;
+            // Where pages may have to stay, there must be room for all of them.
+            let most = if self.stored.is_some() { memory } else { resident };
+            hosts::check_huge_pages(page_size, most / page + batch_pages)?;
         }
         let workload = match self.workload {
             WorkloadChoice::Stamp => Workload::Stamp { locality: Some(LOCALITY) },
@@ -271,6 +278,7 @@ impl RunArgs {
             vcpus: self.vcpus,
             memory,
             resident,
+            stored: self.stored,
             page_size: name(self.page_size),
             backing: served.map(|_| name(self.backing.unwrap_or(BackingChoice::Shared))),
             workload: workload.to_string(),
@@ -295,6 +303,7 @@ impl RunArgs {
             vcpus: self.vcpus,
             memory,
             resident,
+            stored: self.stored,
             batch_pages,
             page_size,
             workload,

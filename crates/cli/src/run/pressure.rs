@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use afterimage_memory::MemoryObject;
+use afterimage_memory::{MemoryError, MemoryObject, Moved};
 use afterimage_mmu::{Age, Gfn, Pfn, PfnRange, SlotError};
 use afterimage_vm::{GuestHandle, GuestKind};
 use anyhow::Result;
@@ -115,7 +115,7 @@ impl Pressure {
                 InvalidateChoice::Evict | InvalidateChoice::Migrate if plan.pressure == 0 => {}
                 InvalidateChoice::Evict => pressure.spawn("evict", move || {
                     where_it_runs(&reach, per_second, batch, |frames| {
-                        Ok(reach.object.evict(frames).map(drop)?)
+                        unless_full(reach.object.evict(frames)).map(drop)
                     })
                 })?,
                 InvalidateChoice::Migrate => {
@@ -189,10 +189,18 @@ impl Pressure {
     }
 }
 
+/// Pages that stay since the store is full are counted by the object, and are no failure.
+fn unless_full(moved: Result<Moved, MemoryError>) -> Result<Moved> {
+    match moved {
+        Err(MemoryError::StoreFull { .. }) => Ok(Moved::default()),
+        moved => Ok(moved?),
+    }
+}
+
 fn keep_budget(reach: &Reach) -> Result<()> {
     while reach.is_running() {
         // Nothing went: every page is on its way somewhere. Let it get there.
-        if !reach.object.is_over_budget() || reach.object.reclaim()?.frames == 0 {
+        if !reach.object.is_over_budget() || unless_full(reach.object.reclaim())?.frames == 0 {
             thread::sleep(LOOK_EVERY);
         }
     }

@@ -114,6 +114,8 @@ struct Memory {
     from_zero_frames: u64,
     poisoned_pages: u64,
     direct_reclaims: u64,
+    store_refusals: u64,
+    beyond_budget_pages: u64,
     stored_frames: u64,
     saved_bytes: u64,
     bookkeeping_bytes_per_frame: f64,
@@ -213,6 +215,8 @@ impl RunReport {
                 from_zero_frames: object.from_zero,
                 poisoned_pages: object.poisoned,
                 direct_reclaims: object.direct_reclaims,
+                store_refusals: object.store_refusals,
+                beyond_budget_pages: object.beyond_budget,
                 stored_frames: store.frames(),
                 saved_bytes: plan.memory.saturating_sub(object.resident_bytes + store.held_bytes()),
                 bookkeeping_bytes_per_frame: bookkeeping_bytes as f64 / frames as f64,
@@ -346,6 +350,15 @@ impl Display for RunReport {
         let stored =
             format!("{} for {} frames", show_bytes(self.stored_bytes), show_count(self.memory.stored_frames));
         row(f, "stored", &stored)?;
+        let Memory { store_refusals, beyond_budget_pages, .. } = self.memory;
+        if store_refusals > 0 {
+            let text = format!(
+                "{} pages stayed, as --stored was reached; {} came beyond the budget",
+                show_count(store_refusals),
+                show_count(beyond_budget_pages)
+            );
+            row(f, "  full", &text)?;
+        }
         row(f, "saved", &show_bytes(self.memory.saved_bytes))?;
         let Memory { from_source_frames, from_store_frames, from_zero_frames, .. } = self.memory;
         let came = format!(

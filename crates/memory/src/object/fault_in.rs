@@ -202,7 +202,10 @@ impl MemoryObject {
     }
 
     fn make_room(&self) -> Result<Moved, FaultInError<PageError>> {
-        self.reclaim().map_err(failed)
+        match self.reclaim() {
+            Err(MemoryError::StoreFull { .. }) => Ok(Moved::default()),
+            moved => moved.map_err(failed),
+        }
     }
 
     /// One try to make the page resident.

@@ -74,6 +74,9 @@ pub struct ObjectOptions {
     pub source: Option<Arc<dyn Source>>,
     /// The most bytes that are to be resident. `None`: all of it may be.
     pub resident_bytes: Option<u64>,
+    /// The most bytes of memory that evicted pages are to take, compressed. `None`: what they need, which is at most somewhat more
+    /// than `bytes`. Where it is used up, evictions fail and pages stay resident, beyond `resident_bytes` if need be.
+    pub stored_bytes: Option<u64>,
     /// Pages that one eviction takes at most, and by which the budget can be exceeded for a moment.
     pub batch_pages: u64,
 }
@@ -81,7 +84,14 @@ pub struct ObjectOptions {
 impl ObjectOptions {
     /// Memory of 4 KiB pages without source or budget.
     pub fn new(bytes: u64) -> Self {
-        Self { bytes, page_size: PageSize::Size4K, source: None, resident_bytes: None, batch_pages: 64 }
+        Self {
+            bytes,
+            page_size: PageSize::Size4K,
+            source: None,
+            resident_bytes: None,
+            stored_bytes: None,
+            batch_pages: 64,
+        }
     }
 }
 
@@ -160,8 +170,9 @@ impl MemoryObject {
     }
 
     /// Memory in frames of a pool, for secondary MMUs whose tables are walked by software. A page has a frame only while it
-    /// is resident. The pool has as many as the budget and one batch take, and `spare_pages` pages more: to
-    /// [migrate](Self::migrate) to, and so that a freed frame is not given away again at once.
+    /// is resident. The pool has as many as the budget and one batch take (all pages, where `stored_bytes` may keep them from
+    /// going), and `spare_pages` pages more: to [migrate](Self::migrate) to, and so that a freed frame is not given away
+    /// again at once.
     ///
     /// # Errors
     /// As for [`shared`](Self::shared).
@@ -169,8 +180,10 @@ impl MemoryObject {
         options.check()?;
         let page = options.page_size.bytes();
         let budget = options.resident_bytes.unwrap_or(options.bytes) / page;
-        let places = budget + options.batch_pages + spare_pages;
-        let pool = FramePool::new(options.bytes / page, places, options.page_size)?;
+        let pages = options.bytes / page;
+        let resident = if options.stored_bytes.is_some() { pages } else { budget };
+        let places = resident + options.batch_pages + spare_pages;
+        let pool = FramePool::new(pages, places, options.page_size)?;
         Self::new(Memory::Frames(Arc::new(pool)), options)
     }
 
@@ -181,7 +194,7 @@ impl MemoryObject {
             memory,
             page_size: options.page_size,
             pages: (0..count).map(|_| PageWord::new(first)).collect(),
-            store: Store::new(options.bytes / FRAME_BYTES)?,
+            store: Store::with_limit(options.bytes / FRAME_BYTES, options.stored_bytes.unwrap_or(u64::MAX))?,
             attachments: Mutex::new(Arc::new([])),
             observer: OnceLock::new(),
             lost: Mutex::new(HashMap::new()),

@@ -4,8 +4,12 @@
 //! its page does not change between the copy that is stored and the moment when it is freed.
 
 use std::sync::PoisonError;
+use std::sync::atomic::Ordering::Relaxed;
 
-use afterimage_mmu::{PfnRange, Zap};
+use afterimage_mmu::{
+    PfnRange, Zap,
+    mutation::{self, Mutation},
+};
 use rustix::io::Errno;
 
 use super::MemoryObject;
@@ -38,8 +42,8 @@ impl MemoryObject {
     /// Moves the resident pages of `frames` to the store. They come back as they were.
     ///
     /// # Errors
-    /// The frames are not whole pages of the object, or the store is full; pages that were not stored stay resident. A page
-    /// that cannot be read is poisoned, and no error here.
+    /// The frames are not whole pages of the object, or the store is [full](MemoryError::StoreFull); pages that were not stored
+    /// stay resident. A page that cannot be read is poisoned, and no error here.
     pub fn evict(&self, frames: PfnRange) -> Result<Moved, MemoryError> {
         self.evict_some(frames, Victims::All)
     }
@@ -48,6 +52,10 @@ impl MemoryObject {
         let pages = self.pages_of(frames)?;
         if !self.pages[pages.clone()].iter().any(PageWord::may_be_resident) {
             return Ok(Moved::default());
+        }
+        if self.store.is_full() {
+            // The guest need not be disturbed in vain.
+            return Err(self.store.full(frames.start));
         }
         // In anonymous memory an unmapped page is gone, so its bytes are taken first, from under write protection.
         let zap = if self.is_anonymous() { Zap::WriteProtect } else { Zap::Unmap };
@@ -86,7 +94,12 @@ impl MemoryObject {
             match self.store_page(self.page_at(index), buffer) {
                 Ok(()) => stored.push(Locked { index, lock }),
                 Err(error) if is_loss(&error) => self.lose_resident(&Locked { index, lock }, error),
+                Err(MemoryError::StoreFull { .. }) if mutation::active(Mutation::FreeUnstored) => {
+                    stored.push(Locked { index, lock });
+                }
                 Err(error) => {
+                    let refused = matches!(error, MemoryError::StoreFull { .. });
+                    self.counters.store_refusals.fetch_add(u64::from(refused), Relaxed);
                     result = Err(error);
                     break;
                 }

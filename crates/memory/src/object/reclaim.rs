@@ -10,7 +10,8 @@
 //! # Who makes room
 //!
 //! [`MemoryObject::reclaim`] evicts one batch; a thread of the owner's calls it while [`MemoryObject::is_over_budget`]. A fault that
-//! finds the budget and one batch more used up calls it itself, so the bound holds without that thread too.
+//! finds the budget and one batch more used up calls it itself, so the bound holds without that thread too. Only where the store
+//! is full, and no page can go, the fault takes its page beyond the bound: the guest goes on, and nothing is lost.
 
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Mutex, PoisonError};
@@ -66,17 +67,23 @@ impl MemoryObject {
 
     /// Takes a place in the budget, making room if there is none. The caller holds no page.
     pub(super) fn reserve(&self) -> Result<Reserved<'_>, MemoryError> {
-        let most = self.budget.pages + self.budget.batch;
+        let bound = self.budget.pages + self.budget.batch;
+        let mut most = bound;
         loop {
             let taken = self.resident.fetch_update(Relaxed, Relaxed, |now| (now < most).then_some(now + 1));
             if let Ok(before) = taken {
                 self.peak.fetch_max(before + 1, Relaxed);
+                self.counters.beyond_budget.fetch_add(u64::from(before >= bound), Relaxed);
                 return Ok(Reserved { object: self });
             }
             self.counters.direct_reclaims.fetch_add(1, Relaxed);
-            if self.reclaim()?.frames == 0 {
+            match self.reclaim() {
                 // All are locked, by faults that are about to finish.
-                rustix::thread::sched_yield();
+                Ok(Moved { frames: 0 }) => rustix::thread::sched_yield(),
+                Ok(_) => {}
+                // No page can go.
+                Err(MemoryError::StoreFull { .. }) => most = u64::MAX,
+                Err(error) => return Err(error),
             }
         }
     }
@@ -95,6 +102,10 @@ impl MemoryObject {
     /// # Errors
     /// As for [`evict`](Self::evict).
     pub fn reclaim(&self) -> Result<Moved, MemoryError> {
+        if self.store.is_full() {
+            // No marks need be taken away, either.
+            return Err(self.store.full(self.frames().start));
+        }
         let mut hand = self.budget.hand.lock().unwrap_or_else(PoisonError::into_inner);
         let count = self.pages.len();
         let mut scanned = 0;

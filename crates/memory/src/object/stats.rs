@@ -63,6 +63,10 @@ pub struct ObjectStats {
     pub poisoned: u64,
     /// Times that a fault had to make room itself.
     pub direct_reclaims: u64,
+    /// Pages that were to be evicted and stayed, since the store was full.
+    pub store_refusals: u64,
+    /// Pages that faults took beyond the budget and its batch, since none could go.
+    pub beyond_budget: u64,
     /// Bytes resident now.
     pub resident_bytes: u64,
     /// The most bytes that were ever resident.
@@ -90,6 +94,8 @@ pub(crate) struct Counters {
     pub(crate) from_zero: AtomicU64,
     pub(crate) poisoned: AtomicU64,
     pub(crate) direct_reclaims: AtomicU64,
+    pub(crate) store_refusals: AtomicU64,
+    pub(crate) beyond_budget: AtomicU64,
 }
 
 impl Counters {
@@ -105,6 +111,8 @@ impl Counters {
             from_zero: AtomicU64::new(0),
             poisoned: AtomicU64::new(0),
             direct_reclaims: AtomicU64::new(0),
+            store_refusals: AtomicU64::new(0),
+            beyond_budget: AtomicU64::new(0),
         }
     }
 
@@ -137,6 +145,8 @@ impl Counters {
             from_zero: self.from_zero.load(Relaxed),
             poisoned: self.poisoned.load(Relaxed),
             direct_reclaims: self.direct_reclaims.load(Relaxed),
+            store_refusals: self.store_refusals.load(Relaxed),
+            beyond_budget: self.beyond_budget.load(Relaxed),
             resident_bytes: 0,
             peak_bytes: 0,
         }

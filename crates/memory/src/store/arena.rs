@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 
+use super::room::Room;
 use crate::error::MemoryError;
 
 /// Bytes in a [`Chunk`].
@@ -28,6 +29,7 @@ pub(super) struct Arena {
     base: NonNull<u8>,
     chunks: u32,
     free: Mutex<FreeChunks>,
+    room: Room,
 }
 
 #[derive(Debug)]
@@ -43,8 +45,8 @@ unsafe impl Send for Arena {}
 unsafe impl Sync for Arena {}
 
 impl Arena {
-    /// Reserves room for `chunks` chunks. Nothing of it is resident.
-    pub(super) fn reserve(chunks: u32) -> Result<Arc<Self>, MemoryError> {
+    /// Reserves `chunks` chunks of address space, of which `limit` bytes may become resident. None are yet.
+    pub(super) fn reserve(chunks: u32, limit: u64) -> Result<Arc<Self>, MemoryError> {
         let bytes = chunks as usize * CHUNK_BYTES;
         let reserve_error =
             |error: rustix::io::Errno| MemoryError::StoreReserve { bytes: bytes as u64, error: error.into() };
@@ -58,12 +60,17 @@ impl Arena {
         let _ = unsafe { madvise(base, bytes, Advice::LinuxNoHugepage) };
         let base = NonNull::new(base.cast()).ok_or(reserve_error(rustix::io::Errno::NOMEM))?;
         let free = Mutex::new(FreeChunks { fresh: 0, returned: Vec::new() });
-        Ok(Arc::new(Self { base, chunks, free }))
+        Ok(Arc::new(Self { base, chunks, free, room: Room::new(limit) }))
     }
 
-    /// Bytes of address space.
-    pub(super) fn bytes(&self) -> u64 {
-        u64::from(self.chunks) * CHUNK_BYTES as u64
+    /// The most bytes that can ever be resident.
+    pub(super) fn most_bytes(&self) -> u64 {
+        self.room.limit().min(u64::from(self.chunks) * CHUNK_BYTES as u64)
+    }
+
+    /// The account of what is resident.
+    pub(super) fn room(&self) -> &Room {
+        &self.room
     }
 
     /// A chunk with any content; `None` if all are in use.
@@ -139,7 +146,7 @@ mod tests {
 
     #[test]
     fn chunks_are_apart_come_back_and_run_out() {
-        let arena = Arena::reserve(2).expect("2 MiB");
+        let arena = Arena::reserve(2, u64::MAX).expect("2 MiB");
         let (mut one, mut two) = (arena.chunk().expect("first"), arena.chunk().expect("second"));
         assert!(arena.chunk().is_none());
         one.bytes_mut().fill(1);
@@ -151,7 +158,7 @@ mod tests {
 
     #[test]
     fn released_pages_are_zeros_and_their_neighbours_are_not() {
-        let arena = Arena::reserve(1).expect("1 MiB");
+        let arena = Arena::reserve(1, u64::MAX).expect("1 MiB");
         let mut chunk = arena.chunk().expect("the only one");
         chunk.bytes_mut().fill(7);
         chunk.release(HOST_PAGE..3 * HOST_PAGE).expect("released");

@@ -15,6 +15,7 @@ use afterimage_mmu::Pfn;
 use twox_hash::XxHash64;
 
 use super::arena::{Arena, CHUNK_BYTES, Chunk, HOST_PAGE};
+use super::room::Room;
 use crate::FRAME_LEN;
 use crate::error::Damage;
 
@@ -102,12 +103,16 @@ impl Class {
 
     /// Bytes of memory that the class occupies, slack included, and the list of its chunks.
     pub(super) fn resident_bytes(&self) -> u64 {
+        self.bytes_of(self.touched) + (self.chunks.capacity() * size_of::<Chunk>()) as u64
+    }
+
+    /// Bytes of memory that the first `slots` slots occupy.
+    fn bytes_of(&self, slots: u32) -> u64 {
         let per_chunk = self.slots_per_chunk();
-        let (full, rest) = (self.touched / per_chunk, (self.touched % per_chunk) as usize);
+        let (full, rest) = (slots / per_chunk, (slots % per_chunk) as usize);
         let in_full = (per_chunk as usize * self.slot_bytes).next_multiple_of(HOST_PAGE);
         let in_rest = (rest * self.slot_bytes).next_multiple_of(HOST_PAGE);
-        let list = self.chunks.capacity() * size_of::<Chunk>();
-        u64::from(full) * in_full as u64 + (in_rest + list) as u64
+        u64::from(full) * in_full as u64 + in_rest as u64
     }
 
     /// Adds an entry behind the last and names its slot; `None` if there is no room. `bytes` fit the class.
@@ -116,8 +121,17 @@ impl Class {
         if slot == MAX_SLOTS {
             return None;
         }
+        let touched = self.touched.max(slot + 1);
+        let growth = self.bytes_of(touched) - self.bytes_of(self.touched);
+        if !arena.room().take(growth) {
+            return None;
+        }
         if self.place(slot).0 == self.chunks.len() {
-            self.chunks.push(arena.chunk()?);
+            let Some(chunk) = arena.chunk() else {
+                arena.room().give(growth);
+                return None;
+            };
+            self.chunks.push(chunk);
         }
         let out = self.slot_mut(slot);
         out[..4].copy_from_slice(&checksum(frame, bytes).to_le_bytes());
@@ -125,7 +139,7 @@ impl Class {
         out[8..10].copy_from_slice(&(bytes.len() as u16).to_le_bytes());
         out[HEADER_BYTES..][..bytes.len()].copy_from_slice(bytes);
         self.live += 1;
-        self.touched = self.touched.max(self.live);
+        self.touched = touched;
         self.payload += bytes.len() as u64;
         Some(slot)
     }
@@ -146,7 +160,7 @@ impl Class {
     }
 
     /// Removes the entry in `slot` if it is `frame`'s, and fills the gap with the last one.
-    pub(super) fn remove(&mut self, slot: u32, frame: Pfn) -> Option<Moved> {
+    pub(super) fn remove(&mut self, room: &Room, slot: u32, frame: Pfn) -> Option<Moved> {
         if slot >= self.live || owner(self.slot(slot)) != frame {
             // Damaged: the slot, if there is one, is lost, rather than another frame's entry.
             return None;
@@ -158,7 +172,7 @@ impl Class {
             Moved { frame: owner(self.slot(slot)), from: last, to: slot }
         });
         self.live = last;
-        self.trim();
+        self.trim(room, TRIM_BYTES);
         moved
     }
 
@@ -169,10 +183,10 @@ impl Class {
         bytes[byte % length] ^= 1 << (byte % 8);
     }
 
-    /// Gives back what lies behind the last entry, if it is enough to be worth it.
-    fn trim(&mut self) {
+    /// Gives back what lies behind the last entry, if it is `least` bytes or more.
+    pub(super) fn trim(&mut self, room: &Room, least: usize) {
         let slack = (self.touched - self.live) as usize * self.slot_bytes;
-        if slack < TRIM_BYTES {
+        if slack < least {
             return;
         }
         let (tail, offset) = self.place(self.live);
@@ -185,6 +199,7 @@ impl Class {
             }
             keep = 0;
         }
+        room.give(self.bytes_of(self.touched) - self.bytes_of(self.live));
         self.touched = self.live;
         self.chunks.truncate(if offset == 0 { tail } else { tail + 1 });
         if self.chunks.len() * 4 < self.chunks.capacity() {
@@ -269,34 +284,38 @@ mod tests {
 
     #[test]
     fn the_last_entry_fills_the_gap_across_chunks() {
-        let arena = Arena::reserve(2).expect("2 MiB");
+        let arena = Arena::reserve(2, u64::MAX).expect("2 MiB");
         let mut class = Class::new(RAW);
         let last = class.slots_per_chunk();
         for number in 0..=last {
             assert_eq!(class.push(&arena, frame(number.into()), &[number as u8; FRAME_LEN]), Some(number));
         }
-        let moved = class.remove(1, frame(1));
+        let moved = class.remove(arena.room(), 1, frame(1));
         assert_eq!(moved, Some(Moved { frame: frame(last.into()), from: last, to: 1 }));
         let entry = class.entry(1, frame(last.into())).expect("moved");
         assert!(entry.bytes.iter().all(|&byte| byte == last as u8));
         assert_eq!(entry.checksum, checksum(frame(last.into()), entry.bytes));
         assert!(matches!(class.entry(last, frame(last.into())), Err(Damage::Slot { .. })));
-        assert_eq!(class.remove(last - 1, frame(u64::from(last) - 1)), None, "the last leaves no gap");
+        assert_eq!(
+            class.remove(arena.room(), last - 1, frame(u64::from(last) - 1)),
+            None,
+            "the last leaves no gap"
+        );
     }
 
     #[test]
     fn an_entry_is_not_removed_for_another_frame() {
-        let arena = Arena::reserve(1).expect("1 MiB");
+        let arena = Arena::reserve(1, u64::MAX).expect("1 MiB");
         let mut class = Class::new(0);
         let slot = class.push(&arena, frame(5), b"five").expect("room");
-        assert_eq!(class.remove(slot, frame(6)), None);
+        assert_eq!(class.remove(arena.room(), slot, frame(6)), None);
         assert!(matches!(class.entry(slot, frame(6)), Err(Damage::Owner { found }) if found == frame(5)));
         assert_eq!(class.entry(slot, frame(5)).expect("still there").bytes, b"five");
     }
 
     #[test]
     fn memory_behind_the_last_entry_goes_back() {
-        let arena = Arena::reserve(3).expect("3 MiB");
+        let arena = Arena::reserve(3, u64::MAX).expect("3 MiB");
         let mut class = Class::new(RAW);
         let count = 2 * class.slots_per_chunk() + 3;
         for number in 0..count {
@@ -304,7 +323,7 @@ mod tests {
         }
         assert!(arena.chunk().is_none());
         for number in (0..count).rev() {
-            let _ = class.remove(number, frame(number.into()));
+            let _ = class.remove(arena.room(), number, frame(number.into()));
             let needed = u64::from(class.live) * class.slot_bytes as u64;
             // Up to a page is lost behind each chunk's last slot.
             let allowed = needed + (TRIM_BYTES + 4 * HOST_PAGE) as u64;

@@ -23,12 +23,18 @@
 //! One class lock is held at a time, and under it at most the arena's. Compressing, checking and decompressing happen
 //! without any.
 //!
+//! # Limit
+//! All memory that entries occupy is on one account ([`room`]); a class takes from it before it grows. Where that is refused,
+//! every class gives back what it keeps behind its entries, and the page is tried once more. Then the store is full: the
+//! page is not stored, and until another one leaves, no eviction need be begun ([`Store::is_full`]).
+//!
 //! The words are atomics with `Relaxed` accesses: an entry's bytes are published by its class's lock, and the
 //! other two states have none. In the memory object, one caller at a time has a frame (the page's lock). Where two do
 //! nevertheless, either may win, but both see whole pages of that frame or none.
 
 mod arena;
 mod class;
+mod room;
 mod scratch;
 
 use core::fmt;
@@ -135,12 +141,21 @@ impl StoreStats {
 }
 
 impl Store {
-    /// An empty store for the frames `0..frames`.
+    /// An empty store for the frames `0..frames`, which takes what it needs: at most somewhat more than their bytes.
     ///
     /// # Errors
     /// There are too many frames, or the address space cannot be had: somewhat more than the frames' bytes are reserved,
     /// but not used.
     pub fn new(frames: u64) -> Result<Self, MemoryError> {
+        Self::with_limit(frames, u64::MAX)
+    }
+
+    /// The same, whose entries occupy at most `limit` bytes of memory. Pages of zeros have none. The index, of 4 bytes a
+    /// frame, is not counted.
+    ///
+    /// # Errors
+    /// As for [`new`](Self::new).
+    pub fn with_limit(frames: u64, limit: u64) -> Result<Self, MemoryError> {
         if frames > MAX_FRAMES {
             return Err(MemoryError::StoreTooLarge { frames, max: MAX_FRAMES });
         }
@@ -157,13 +172,23 @@ impl Store {
         Ok(Self {
             words: (0..frames).map(|_| AtomicU32::new(EMPTY)).collect(),
             shards: Box::new(core::array::from_fn(shard)),
-            arena: Arena::reserve(chunks)?,
+            arena: Arena::reserve(chunks, limit)?,
         })
     }
 
     /// Frames that the store has room for.
     pub fn frames(&self) -> u64 {
         self.words.len() as u64
+    }
+
+    /// Whether a page was refused since there is no room, and none has left since. Another try would be in vain.
+    pub fn is_full(&self) -> bool {
+        self.arena.room().is_full()
+    }
+
+    /// What a page gets that is refused.
+    pub(crate) fn full(&self, frame: Pfn) -> MemoryError {
+        MemoryError::StoreFull { frame, bytes: self.arena.most_bytes() }
     }
 
     /// Stores the page that begins with `frame`; `page` is a whole number of frames, and what was stored for them before
@@ -173,9 +198,11 @@ impl Store {
     /// The frames do not exist, or there is no room. Then none of them is stored.
     pub fn put(&self, frame: Pfn, page: &[u8], scratch: &mut Scratch) -> Result<(), MemoryError> {
         let count = frames_of(frame, page.len(), self.frames())?;
+        let departures = self.arena.room().departures();
         for (index, bytes) in page.chunks_exact(FRAME_LEN).enumerate() {
             if let Err(error) = self.put_frame(frame + index as u64, bytes, scratch) {
                 self.clear_all(frame, count);
+                self.arena.room().refuse(departures);
                 return Err(error);
             }
         }
@@ -194,17 +221,23 @@ impl Store {
             return Ok(());
         }
         let (class, bytes) = scratch.pack(bytes);
+        let mut is_trimmed = false;
         loop {
             self.clear(frame);
             let mut entries = shard.lock(class);
             let Some(slot) = entries.push(&self.arena, frame, bytes) else {
-                return Err(MemoryError::StoreFull { frame, bytes: self.arena.bytes() });
+                drop(entries);
+                if core::mem::replace(&mut is_trimmed, true) {
+                    return Err(self.full(frame));
+                }
+                self.trim();
+                continue;
             };
             if word.compare_exchange(EMPTY, State::entry(class, slot), Relaxed, Relaxed).is_ok() {
                 return Ok(());
             }
             // Someone else has put the same frame. Ours is still the last entry, so none moves.
-            let _ = entries.remove(slot, frame);
+            let _ = entries.remove(self.arena.room(), slot, frame);
         }
     }
 
@@ -262,6 +295,7 @@ impl Store {
     pub fn take(&self, frame: Pfn, out: &mut [u8], scratch: &mut Scratch) -> Result<Content, MemoryError> {
         let content = self.get(frame, out, scratch)?;
         self.clear_all(frame, (out.len() / FRAME_LEN) as u64);
+        self.arena.room().departed();
         Ok(content)
     }
 
@@ -271,7 +305,11 @@ impl Store {
     /// The frames do not exist.
     pub fn remove(&self, frame: Pfn, count: u64) -> Result<u64, MemoryError> {
         match frame.checked_add(count) {
-            Some(end) if end.as_u64() <= self.frames() => Ok(self.clear_all(frame, count)),
+            Some(end) if end.as_u64() <= self.frames() => {
+                let cleared = self.clear_all(frame, count);
+                self.arena.room().departed();
+                Ok(cleared)
+            }
             _ => Err(MemoryError::OutOfRange { frame, count, frames: self.frames() }),
         }
     }
@@ -326,6 +364,15 @@ impl Store {
         (&self.words[index], &self.shards[index % SHARDS])
     }
 
+    /// Has every class give back all that it keeps behind its entries.
+    fn trim(&self) {
+        for shard in self.shards.iter() {
+            for class in 0..CLASSES {
+                shard.lock(class).trim(self.arena.room(), 1);
+            }
+        }
+    }
+
     fn clear_all(&self, frame: Pfn, count: u64) -> u64 {
         (0..count).map(|index| u64::from(self.clear(frame + index))).sum()
     }
@@ -349,7 +396,7 @@ impl Store {
                         continue;
                     }
                     word.store(EMPTY, Relaxed);
-                    if let Some(moved) = entries.remove(slot, frame) {
+                    if let Some(moved) = entries.remove(self.arena.room(), slot, frame) {
                         self.tell(
                             moved.frame,
                             State::entry(class, moved.from),

@@ -263,7 +263,7 @@ fn bad_ranges_are_errors() {
 #[test]
 fn a_full_store_stores_nothing_of_the_page_and_says_so() {
     let (mut store, mut scratch) = store(512);
-    store.arena = Arena::reserve(SHARDS as u32).expect("4 MiB");
+    store.arena = Arena::reserve(SHARDS as u32, u64::MAX).expect("4 MiB");
     // 4 shards with one chunk each, all of them for frames that do not compress: there is room for more of those.
     let huge: Vec<u8> = (0..256).flat_map(|index| page(Kind::Raw, index)).collect();
     store.put(Pfn::new(0), &huge, &mut scratch).expect("room");
@@ -273,6 +273,47 @@ fn a_full_store_stores_nothing_of_the_page_and_says_so() {
     assert!(matches!(error, MemoryError::StoreFull { .. }), "{error}");
     assert!((256..262).all(|frame| !store.holds(Pfn::new(frame))));
     assert_eq!((store.stats().frames(), store.stats().puts), (256, 261), "it is the fifth frame that fails");
+}
+
+#[test]
+fn entries_take_no_more_memory_than_the_limit() {
+    const LIMIT: u64 = 256 << 10;
+    const FRAMES: u64 = 512;
+    let (store, mut scratch) = (Store::with_limit(FRAMES, LIMIT).expect("address space"), Scratch::new());
+    // The lists of chunks are not entries.
+    let most = LIMIT + (SHARDS * CLASSES * 256) as u64;
+    let (mut refused, mut state) = (0, 1u64);
+    for _ in 0..5_000 {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        let (frame, choice) = (Pfn::new(state >> 33 & (FRAMES - 1)), state >> 60);
+        let kind = [Kind::Packed, Kind::Raw, Kind::Zeros][(choice % 3) as usize];
+        if choice > 12 {
+            store.remove(frame, 1).expect("in range");
+            assert!(!store.is_full(), "something has left");
+        } else if let Err(error) = store.put(frame, &page(kind, state >> 40), &mut scratch) {
+            assert!(matches!(error, MemoryError::StoreFull { bytes: LIMIT, .. }), "{error}");
+            assert!(store.is_full() && !store.holds(frame));
+            refused += 1;
+        }
+        assert!(store.stats().resident_bytes <= most, "{:?}", store.stats());
+    }
+    assert!(refused > 100 && store.stats().frames() > 20, "{refused} refused, {:?}", store.stats());
+    store.remove(Pfn::new(0), FRAMES).expect("in range");
+    // What classes keep of those entries is in nobody's way.
+    for frame in 0..LIMIT / (FRAME_LEN + 2 * arena::HOST_PAGE) as u64 {
+        store.put(Pfn::new(frame), &page(Kind::Raw, frame), &mut scratch).expect("room");
+    }
+}
+
+#[test]
+fn pages_of_zeros_need_no_room() {
+    let (store, mut scratch) = (Store::with_limit(8, 0).expect("address space"), Scratch::new());
+    store.put(Pfn::new(0), &page(Kind::Zeros, 0), &mut scratch).expect("zeros");
+    assert!(!store.is_full());
+    let mixed = [page(Kind::Zeros, 0), page(Kind::Packed, 9)].concat();
+    assert!(matches!(store.put(Pfn::new(2), &mixed, &mut scratch), Err(MemoryError::StoreFull { .. })));
+    assert!(store.is_full() && !store.holds(Pfn::new(2)), "none of a page that does not go in whole");
+    assert!(store.holds(Pfn::new(0)));
 }
 
 /// Four threads put, get and take frames of their own, which share shards and classes: entries move all the time.

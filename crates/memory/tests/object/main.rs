@@ -4,6 +4,7 @@
 mod support;
 
 mod budget;
+mod full;
 mod lost;
 mod machines;
 mod model;

@@ -123,6 +123,8 @@ pub(crate) struct Setup {
     pub(crate) source: Option<Arc<dyn Source>>,
     /// In pages.
     pub(crate) budget: Option<u64>,
+    /// In bytes.
+    pub(crate) stored: Option<u64>,
     pub(crate) batch: u64,
     pub(crate) uffds: usize,
     pub(crate) workers: usize,
@@ -139,6 +141,7 @@ impl Setup {
             pages,
             source: None,
             budget: None,
+            stored: None,
             batch: 8,
             uffds: 1,
             workers: 1,
@@ -161,6 +164,7 @@ impl Setup {
             page_size: self.page_size,
             source: self.source.clone(),
             resident_bytes: self.budget.map(|pages| pages * self.page_size.bytes()),
+            stored_bytes: self.stored,
             batch_pages: self.batch,
         }
     }

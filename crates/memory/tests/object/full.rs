@@ -1,0 +1,65 @@
+//! When the store is full.
+
+use afterimage_memory::{Kind, MemoryError};
+
+use crate::support::{BACKINGS, Machine, Setup, Stamps, stamp};
+
+const PAGES: u64 = 64;
+const BUDGET: u64 = 8;
+const BATCH: u64 = 4;
+/// Room in two of the store's four shards.
+const ROOM: u64 = 2 * 4096;
+
+fn machine(backing: afterimage_uffd::Backing) -> Option<Machine> {
+    let source = Stamps::new(PAGES);
+    let setup = Setup::new("a full store", backing, PAGES).source(&source);
+    Setup { budget: Some(BUDGET), batch: BATCH, stored: Some(ROOM), ..setup }.start()
+}
+
+#[test]
+fn a_guest_goes_on_with_a_full_store_and_loses_nothing() {
+    for backing in BACKINGS {
+        let Some(machine) = machine(backing) else { return };
+        for page in 0..PAGES {
+            assert_eq!(machine.read(page), stamp(page));
+            machine.write(page, page);
+        }
+        for page in 0..PAGES {
+            assert_eq!(machine.read(page), page);
+        }
+        let stats = machine.stats();
+        assert!(stats.of(Kind::Evict).frames > 0, "some went: {stats:?}");
+        assert!(stats.store_refusals > 0 && stats.beyond_budget > 0, "the others stayed: {stats:?}");
+        assert!(stats.peak_bytes > (BUDGET + BATCH) * 4096, "{stats:?}");
+        let stored = machine.object.store_stats();
+        assert!(stored.payload_bytes <= ROOM && stored.frames() + stats.resident_bytes / 4096 >= PAGES);
+        assert_eq!(stats.poisoned, 0);
+        machine.stop_clean();
+    }
+}
+
+#[test]
+fn a_full_store_disturbs_no_guest_and_takes_pages_again_when_some_have_left() {
+    for backing in BACKINGS {
+        let Some(machine) = machine(backing) else { return };
+        for page in 0..PAGES {
+            machine.write(page, page);
+        }
+        machine.wait_resident(PAGES - 1);
+        let error = machine.object.evict(machine.all()).expect_err("there is no room for all");
+        assert!(matches!(error, MemoryError::StoreFull { bytes: ROOM, .. }), "{error}");
+        let before = machine.stats();
+        for _ in 0..3 {
+            assert!(matches!(machine.object.evict(machine.all()), Err(MemoryError::StoreFull { .. })));
+            assert!(matches!(machine.object.reclaim(), Err(MemoryError::StoreFull { .. })));
+        }
+        let after = machine.stats();
+        assert_eq!(after.of(Kind::Evict).count, before.of(Kind::Evict).count, "none was begun in vain");
+        machine.discard(machine.all());
+        machine.write(5, 50);
+        machine.wait_resident(5);
+        assert_eq!(machine.evict(machine.pages(5, 6)), 1);
+        assert_eq!((machine.read(5), machine.read(6)), (50, 0));
+        machine.stop_clean();
+    }
+}
