@@ -311,3 +311,6 @@ fn word<'f>(frame: NonNull<u8>, offset: usize) -> &'f AtomicU64 {
     // long as the vCPU runs, and the reference is used at once; (3) all who share it use atomics, or own the frame.
     unsafe { frame.cast::<AtomicU64>().add(offset / 8).as_ref() }
 }
+
+#[cfg(test)]
+mod tests;
