@@ -252,7 +252,7 @@ impl<'a, S: SecondaryMmu> Path<'a, S> {
         match primary.fault_in(slot, self.fault, since, Patience::NoWait) {
             Err(FaultInError::WouldWait) => {
                 // A turn is for who can be served at once.
-                self.shared.claim.give_back();
+                self.shared.claim.give_back::<S::Platform>();
                 primary.fault_in(slot, self.fault, since, Patience::Interruptible)
             }
             other => other,

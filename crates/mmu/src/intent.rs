@@ -101,15 +101,15 @@ impl Barriers {
 }
 
 /// Bits of a word, from below: active, order of the block, first frame, generation.
-const ACTIVE: u64 = 1;
+pub(crate) const ACTIVE: u64 = 1;
 const ORDER_SHIFT: u32 = 1;
 const ORDER_BITS: u32 = 6;
 const GFN_SHIFT: u32 = ORDER_SHIFT + ORDER_BITS;
 /// Frames that 57-bit guest-physical addresses reach.
 const GFN_BITS: u32 = 45;
 const GENERATION_SHIFT: u32 = GFN_SHIFT + GFN_BITS;
-const GENERATION: u64 = u64::MAX << GENERATION_SHIFT;
-const ONE_GENERATION: u64 = 1 << GENERATION_SHIFT;
+pub(crate) const GENERATION: u64 = u64::MAX << GENERATION_SHIFT;
+pub(crate) const ONE_GENERATION: u64 = 1 << GENERATION_SHIFT;
 /// The order of a block with every frame in it.
 const EVERYTHING: u64 = GFN_BITS as u64;
 /// The order of an announcement that names no frame: a walk.
@@ -117,7 +117,7 @@ const NOTHING: u64 = (1 << ORDER_BITS) - 1;
 
 /// The smallest naturally aligned block of two to the power of `order` frames around `range`.
 #[inline]
-fn encode(range: GfnRange) -> u64 {
+pub(crate) fn encode(range: GfnRange) -> u64 {
     let first = range.start.as_u64();
     if range.end.as_u64().wrapping_sub(first) == 1 && first >> GFN_BITS == 0 {
         return first << GFN_SHIFT;
@@ -131,7 +131,7 @@ fn encode(range: GfnRange) -> u64 {
 }
 
 /// Whether an announcement that is made names a frame that `covers` says yes to.
-fn names(word: u64, covers: impl FnOnce(GfnRange) -> bool) -> bool {
+pub(crate) fn names(word: u64, covers: impl FnOnce(GfnRange) -> bool) -> bool {
     let first = word >> GFN_SHIFT & ((1 << GFN_BITS) - 1);
     match word >> ORDER_SHIFT & ((1 << ORDER_BITS) - 1) {
         NOTHING => false,
@@ -157,26 +157,6 @@ impl IntentWord {
     pub(crate) fn new(barriers: Barriers) -> Self {
         let generation = core::sync::atomic::AtomicU64::new(0);
         Self { word: AtomicU64::new(0), generation, waiters: ParkWord::new(0), barriers }
-    }
-
-    /// Claims a turn for `block`, unless one is claimed already. See the module `turns`: no barrier, since nothing rests on it.
-    pub(crate) fn claim(&self, block: GfnRange) {
-        if self.word.load(Ordering::Relaxed) & ACTIVE == 0 {
-            // Only its owner makes a quiet word active.
-            self.word.store(self.next_generation() | encode(block) | ACTIVE, Ordering::Relaxed);
-        }
-    }
-
-    /// Gives a claim back.
-    pub(crate) fn give_back(&self) {
-        if let Some(seen) = self.announced() {
-            self.take_away(seen);
-        }
-    }
-
-    /// Takes a claim away, if it is still the same.
-    pub(crate) fn take_away(&self, seen: u64) {
-        let _ = self.word.compare_exchange(seen, seen & GENERATION, Ordering::Release, Ordering::Relaxed);
     }
 
     #[inline]

@@ -109,6 +109,12 @@ pub enum Mutation {
     BeginRelaxed,
     /// An invalidation lets nobody go first, however often they were retried.
     NoTurns,
+    /// A vCPU keeps its claim when another has installed what it waited for.
+    TriedClaimStays,
+    /// A claim is given back, and who waits for it is not woken.
+    GiveBackWithoutWake,
+    /// A claim is given back without the barrier before the look for who waits.
+    GiveBackWithoutFence,
     /// A table is freed without waiting for those who walk.
     FreeWithoutQuiescence,
     /// A table is freed without the flush before (rule F3).

@@ -19,6 +19,11 @@ pub trait Platform: Send + Sync + 'static {
     /// going to sleep are one step for wakers).
     fn wait(word: &ParkWord, expected: u32);
 
+    /// The same, for `ns` nanoseconds at most. A platform that cannot tell when those are over gives the CPU away, and returns.
+    fn wait_for(_word: &ParkWord, _expected: u32, _ns: u64) {
+        Self::reschedule();
+    }
+
     /// Wakes every thread that sleeps on `word`.
     fn wake_all(word: &ParkWord);
 

@@ -19,6 +19,7 @@
 //! | intent word | announce: store + light barrier | Release | begin's words + heavy barrier: the vCPU sees the range, or the invalidation sees the announcement. Release: as for the reader word |
 //! | intent word | clear: store | Release | the drain's Acquire: the zap finds what was installed |
 //! | intent `waiters` | mark + heavy barrier; clear + light barrier, look | Relaxed | each other: the waiter sees the word cleared, or the vCPU sees the mark and wakes |
+//! | claim `waiters` | mark + `fence(SeqCst)`; give back + `fence(SeqCst)`, look | Relaxed | each other: the invalidation sees the claim given back, or the vCPU sees the mark and wakes |
 //! | hint | all loads | Relaxed | nothing: a hint gives no right, only a reason to retry |
 //! | `ended` | waiter marks; `end` bumps | AcqRel | each other: one of the two sees the other (no lost wake-up) |
 //! | reader word | enter: store + light barrier | Release | the updater's pointer swap + heavy barrier: reader sees the new slots, or the updater sees the reader. Release: an updater that waits for the section before this one may find this one instead |

@@ -11,10 +11,11 @@ use crate::flush::Flush;
 use crate::guest_mmu::{GuestMmu, WitnessKind};
 use crate::host::{Fault, PrimaryMmu, SecondaryMmu};
 use crate::intent::{Intent, Walker};
+use crate::mutation::{self, Mutation};
 use crate::outcome::{FaultOutcome, FaultResult, Retry, RetryPoint};
 use crate::platform::Platform as _;
 use crate::slots::SpaceId;
-use crate::turns::{Retries, Turns};
+use crate::turns::{Retries, Stage, Turns};
 use crate::vcpu_words::{Requests, VcpuShared};
 
 /// One who raises faults: a vCPU, or a thread that serves the faults of several. One fault at a time.
@@ -28,8 +29,8 @@ pub struct Vcpu<'m, S: SecondaryMmu> {
     retries: Retries,
     /// Whether it ever enters the guest.
     enters: Cell<bool>,
-    /// It claims a turn that it has had: the access is made in its next stay in the guest. Keeps it until this time, if it was not 0.
-    served: Cell<Option<u64>>,
+    /// Of its turn.
+    stage: Cell<Stage>,
 }
 
 impl<S: SecondaryMmu> fmt::Debug for Vcpu<'_, S> {
@@ -50,7 +51,7 @@ impl<S: SecondaryMmu> GuestMmu<S> {
             ring: None,
             retries: Retries::default(),
             enters: Cell::new(false),
-            served: Cell::new(None),
+            stage: Cell::new(Stage::None),
         }
     }
 }
@@ -119,6 +120,11 @@ impl<'m, S: SecondaryMmu> Vcpu<'m, S> {
     /// Enters guest mode. `Err`: requests wait and must be served first; the vCPU is outside.
     pub fn enter_guest(&self) -> Result<(), Requests> {
         self.enters.set(true);
+        if let Stage::Tried(..) = self.stage.get()
+            && !mutation::active(Mutation::TriedClaimStays)
+        {
+            self.end_turn();
+        }
         self.shared.enter_guest::<S::Platform>()
     }
 
@@ -130,8 +136,10 @@ impl<'m, S: SecondaryMmu> Vcpu<'m, S> {
     /// Leaves guest mode and hands out what was requested meanwhile.
     pub fn leave_guest(&self) -> Requests {
         self.shared.leave_guest::<S::Platform>();
-        if self.served.get().is_some_and(|until_ns| until_ns == 0 || S::Platform::now_ns() >= until_ns) {
-            self.end_turn();
+        match self.stage.get() {
+            Stage::Claimed(space, gfn) => self.stage.set(Stage::Tried(space, gfn)),
+            Stage::Served(until_ns) if until_ns == 0 || S::Platform::now_ns() >= until_ns => self.end_turn(),
+            Stage::None | Stage::Tried(..) | Stage::Served(_) => {}
         }
         self.shared.take_requests()
     }
@@ -150,6 +158,11 @@ impl<'m, S: SecondaryMmu> Vcpu<'m, S> {
         self.section = self.section.wrapping_add(1);
         let section = self.mmu.enter(&self.shared.reader, self.section);
         let turns = self.mmu.policy.turns;
+        if let Stage::Claimed(space, gfn) | Stage::Tried(space, gfn) = self.stage.get()
+            && (space, gfn) != (fault.space, fault.gfn)
+        {
+            self.end_turn();
+        }
         let is_starved = turns.is_some_and(|turns| self.retries.of(fault.space, fault.gfn) >= turns.after);
         let ring = self.ring.as_deref();
         let path = Path { mmu: self.mmu, shared: &self.shared, fault, ring, is_starved };
@@ -164,29 +177,32 @@ impl<'m, S: SecondaryMmu> Vcpu<'m, S> {
 
     /// Lets invalidations go on that wait for this vCPU's turn to be over.
     fn end_turn(&self) {
-        self.served.set(None);
-        self.shared.claim.give_back();
+        self.stage.set(Stage::None);
+        self.shared.claim.give_back::<S::Platform>();
     }
 
     /// For a turn: how often this frame was held back, and whether its claim has done its service.
     fn count_retries<E>(&mut self, turns: Turns, fault: &Fault, result: &Result<FaultOutcome, E>) {
-        use RetryPoint::{AfterFaultIn, BeforeFaultIn, UnderLock};
+        use RetryPoint::{AfterFaultIn, BeforeFaultIn, LostRace, UnderLock};
         match result {
             Ok(FaultOutcome::Retry(Retry { point: BeforeFaultIn | AfterFaultIn | UnderLock, range })) => {
-                if self.served.get().is_some() {
+                if let Stage::Served(_) = self.stage.get() {
                     // It is to wait: nobody is to wait for it meanwhile.
                     self.end_turn();
                 }
                 if self.retries.retried(fault.space, fault.gfn, S::Platform::now_ns()) >= turns.after {
                     self.shared.claim.claim(*range);
+                    self.stage.set(Stage::Claimed(fault.space, fault.gfn));
                 }
             }
+            // Nobody holds it back: it comes again at once.
+            Ok(FaultOutcome::Retry(Retry { point: LostRace, .. })) => {}
             _ => {
                 let Some(since_ns) = self.retries.done(fault.space, fault.gfn) else { return };
-                if self.enters.get() && self.shared.claim.announced().is_some() {
+                if self.enters.get() && self.shared.claim.claimed().is_some() {
                     let now_ns = S::Platform::now_ns();
                     let slice_ns = now_ns.saturating_sub(since_ns).min(turns.at_most_ns);
-                    self.served.set(Some(if slice_ns == 0 { 0 } else { now_ns + slice_ns }));
+                    self.stage.set(Stage::Served(if slice_ns == 0 { 0 } else { now_ns + slice_ns }));
                 } else {
                     self.end_turn();
                 }

@@ -29,7 +29,7 @@ use crate::platform::Platform;
 use crate::readers::{ReaderWord, wait_for_readers};
 use crate::stats::FaultCounters;
 use crate::sync::{AtomicU32, CachePadded, Ordering, Shared, fence};
-use crate::turns::let_go_first;
+use crate::turns::{Claim, Patience};
 
 bitflags::bitflags! {
     /// What a vCPU must do before it runs guest code again.
@@ -55,7 +55,7 @@ pub(crate) struct VcpuShared {
     pub(crate) reader: CachePadded<ReaderWord>,
     pub(crate) intent: CachePadded<IntentWord>,
     /// The frames that it claims the next turn for.
-    pub(crate) claim: CachePadded<IntentWord>,
+    pub(crate) claim: CachePadded<Claim>,
     pub(crate) counters: CachePadded<FaultCounters>,
     handshake: CachePadded<Handshake>,
 }
@@ -73,7 +73,7 @@ impl VcpuShared {
             id,
             reader: CachePadded(ReaderWord::new()),
             intent: CachePadded(IntentWord::new(barriers)),
-            claim: CachePadded(IntentWord::new(barriers)),
+            claim: CachePadded(Claim::new()),
             counters: CachePadded(FaultCounters::new()),
             handshake: CachePadded(Handshake {
                 mode: AtomicU32::new(OUTSIDE),
@@ -257,9 +257,10 @@ impl<P: Platform> VcpuWords<P> {
     /// Lets every vCPU go first that claims a turn for frames which `due` says yes to; how many went.
     pub(crate) fn give_turns(&self, due: impl Fn(GfnRange) -> bool) -> u64 {
         let mut given = 0;
+        let mut patience = Patience::default();
         self.for_each_announced(
             |vcpu| vcpu.claim.named(&due),
-            |vcpu, seen| given += u64::from(let_go_first::<P>(&vcpu.claim, seen)),
+            |vcpu, seen| given += u64::from(vcpu.claim.let_go_first::<P>(seen, &mut patience)),
         );
         given
     }

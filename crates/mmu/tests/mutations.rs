@@ -113,6 +113,8 @@ rules! {
     the_starved_have_a_turn: NoTurns is noticed by
         turns::the_starved_goes_before_the_next_invalidation,
         turns::a_turn_lasts_until_the_guest_has_made_its_access;
+    a_claim_that_was_served_goes: TriedClaimStays is noticed by
+        turns::a_claim_that_another_has_served_is_given_back;
     guests_notice_an_unchecked_install: VerifyAlwaysFresh is noticed by
         stress::nor_where_nothing_is_checked_without_the_lock;
     guests_notice_a_forgotten_frame: ZapForgetsLastFrame is noticed by

@@ -75,6 +75,10 @@ impl Platform for Threads {
         Linux::wait(word, expected);
     }
 
+    fn wait_for(word: &ParkWord, expected: u32, ns: u64) {
+        Linux::wait_for(word, expected, ns);
+    }
+
     fn wake_all(word: &ParkWord) {
         Linux::wake_all(word);
     }

@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 use afterimage_mmu::{ParkWord, Platform};
 use rustix::io::Errno;
 use rustix::thread::{MembarrierCommand, futex, membarrier, sched_yield};
-use rustix::time::{ClockId, clock_gettime};
+use rustix::time::{ClockId, Timespec, clock_gettime};
 
 /// Threads of a Linux process.
 ///
@@ -22,6 +22,12 @@ impl Platform for Linux {
     fn wait(word: &ParkWord, expected: u32) {
         // Every error means "look again": the word has changed, or a signal came.
         let _ = futex::wait(word, futex::Flags::PRIVATE, expected, None);
+    }
+
+    fn wait_for(word: &ParkWord, expected: u32, ns: u64) {
+        let time = Timespec { tv_sec: (ns / 1_000_000_000) as i64, tv_nsec: (ns % 1_000_000_000) as i64 };
+        // As above; and that the time is over.
+        let _ = futex::wait(word, futex::Flags::PRIVATE, expected, Some(&time));
     }
 
     fn wake_all(word: &ParkWord) {

@@ -16,6 +16,7 @@ mod invalidation;
 mod lock;
 mod roots;
 mod sections;
+mod turns;
 
 #[cfg(feature = "mutations")]
 use afterimage_testing::schedules;

@@ -15,7 +15,8 @@ use crate::support::platform::{let_pass, never_spun, tell_when_parked, when_spin
 use crate::support::table::Entry;
 
 const AFTER: u32 = 2;
-const HOUR: Duration = Duration::from_secs(3600);
+/// Less than an invalidation is patient.
+const LONG: Duration = Duration::from_millis(12);
 
 fn machine() -> &'static Machine {
     machine_with(0)
@@ -32,15 +33,28 @@ fn starved(machine: &'static Machine) -> Guest<'static> {
 
 /// The same, after so much time.
 fn starved_for(machine: &'static Machine, time: Duration) -> Guest<'static> {
-    let mut guest = machine.guest();
+    let [guest] = all_starved_for(machine, time);
+    guest
+}
+
+/// Several at once.
+fn all_starved_for<const GUESTS: usize>(
+    machine: &'static Machine,
+    time: Duration,
+) -> [Guest<'static>; GUESTS] {
+    let mut guests = core::array::from_fn(|_| machine.guest());
     let invalidation = machine.invalidate(3, 4);
-    for _ in 0..AFTER {
-        assert_eq!(guest.retry_point(3), RetryPoint::BeforeFaultIn);
+    for guest in &mut guests {
+        for _ in 0..AFTER {
+            assert_eq!(guest.retry_point(3), RetryPoint::BeforeFaultIn);
+        }
     }
     let_pass(time);
-    assert_eq!(guest.retry_point(3), RetryPoint::BeforeFaultIn);
+    for guest in &mut guests {
+        assert_eq!(guest.retry_point(3), RetryPoint::BeforeFaultIn);
+    }
     drop(invalidation);
-    guest
+    guests
 }
 
 /// A vCPU that goes away gives its turn back: this one does not.
@@ -97,6 +111,60 @@ pub(crate) fn a_turn_that_nobody_takes_is_taken_away() {
     guest.read(3, 3);
 }
 
+/// However many they are, nobody is waited for longer than one of them would be. Those that were not waited for are, next time.
+pub(crate) fn claims_are_waited_for_together() {
+    let machine = machine();
+    let [_guest, mut other] = all_starved_for(machine, Duration::ZERO);
+    drop(machine.invalidate(3, 4));
+    when_spinning(move || {
+        other.read(3, 3);
+        stays(other);
+    });
+    drop(machine.invalidate(3, 4));
+    assert!(!never_spun(), "the second claim was taken away with the first");
+    assert_eq!(machine.mmu.invalidation_stats().turns, 1);
+}
+
+/// The vCPU may need the very CPU that the invalidation would spin on.
+pub(crate) fn who_lets_others_go_first_sleeps_until_they_went() {
+    let machine = machine();
+    let mut guest = starved(machine);
+    let parks = Arc::new(Parks::default());
+    std::thread::scope(|scope| {
+        let invalidator = scope.spawn(|| {
+            let _finished = Finished(&parks);
+            tell_when_parked(&parks);
+            drop(machine.invalidate(3, 4));
+        });
+        parks.until(1);
+        guest.read(3, 3);
+        invalidator.join().expect("invalidating does not panic");
+    });
+    assert_eq!(machine.mmu.invalidation_stats().turns, 1);
+}
+
+/// Its access needed no fault any more: nobody is to wait until it has another one.
+pub(crate) fn a_claim_that_another_has_served_is_given_back() {
+    let machine = machine();
+    let (mut guest, mut other) = (starved(machine), machine.guest());
+    other.read(3, 3);
+    guest.read(3, 3);
+    guest.enter();
+    assert!(guest.vcpu.leave_guest().is_empty());
+    when_spinning(|| panic!("nobody starves"));
+    drop(machine.invalidate(3, 4));
+    assert!(never_spun());
+}
+
+pub(crate) fn a_claim_for_another_frame_is_given_back() {
+    let machine = machine();
+    let mut guest = starved(machine);
+    assert_eq!(guest.fault(5, Access::READ), Ok(FaultOutcome::Fixed));
+    when_spinning(|| panic!("it has gone on to another frame"));
+    drop(machine.invalidate(3, 4));
+    assert!(never_spun());
+}
+
 pub(crate) fn who_may_not_block_lets_nobody_go_first() {
     let machine = machine();
     let _guest = starved(machine);
@@ -151,18 +219,18 @@ pub(crate) fn a_page_that_needs_io_has_no_turn() {
 
 /// One access for each invalidation of a stream is not much.
 pub(crate) fn a_turn_is_kept_for_as_long_as_the_fault_was_held_up() {
-    let machine = machine_with(HOUR.as_nanos() as u64);
-    let mut guest = starved_for(machine, HOUR / 2);
+    let machine = machine_with(LONG.as_nanos() as u64);
+    let mut guest = starved_for(machine, LONG / 2);
     when_spinning(move || {
         guest.read(3, 3);
-        let_pass(HOUR / 3);
+        let_pass(LONG / 3);
         when_spinning(move || {
             guest.read(4, 4);
             when_spinning(move || {
-                let_pass(HOUR / 3);
+                let_pass(LONG / 3);
                 guest.read(5, 5);
                 stays(guest);
-                when_spinning(|| panic!("it was held up for half an hour, and had forty minutes"));
+                when_spinning(|| panic!("it was held up for 6 ms, and had 8"));
             });
         });
     });
@@ -173,15 +241,15 @@ pub(crate) fn a_turn_is_kept_for_as_long_as_the_fault_was_held_up() {
 }
 
 pub(crate) fn a_turn_is_kept_no_longer_than_the_policy_says() {
-    let machine = machine_with((HOUR / 4).as_nanos() as u64);
-    let mut guest = starved_for(machine, HOUR);
+    let machine = machine_with((LONG / 4).as_nanos() as u64);
+    let mut guest = starved_for(machine, LONG);
     when_spinning(move || {
         guest.read(3, 3);
         when_spinning(move || {
-            let_pass(HOUR / 3);
+            let_pass(LONG / 3);
             guest.read(4, 4);
             stays(guest);
-            when_spinning(|| panic!("it had a quarter of an hour"));
+            when_spinning(|| panic!("it had 3 ms, and took 4"));
         });
     });
     drop(machine.invalidate(0, 8));
@@ -190,8 +258,8 @@ pub(crate) fn a_turn_is_kept_no_longer_than_the_policy_says() {
 }
 
 pub(crate) fn who_waits_keeps_no_turn() {
-    let machine = machine_with(HOUR.as_nanos() as u64);
-    let mut guest = starved_for(machine, HOUR / 2);
+    let machine = machine_with(LONG.as_nanos() as u64);
+    let mut guest = starved_for(machine, LONG / 2);
     guest.read(3, 3);
     let elsewhere = machine.mmu.invalidate(Frames::hvas(40, 41), Zap::Unmap, Blocking::Forbidden);
     assert_eq!(guest.retry_point(40), RetryPoint::BeforeFaultIn);
