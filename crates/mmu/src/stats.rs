@@ -182,6 +182,10 @@ invalidation_counters! {
     zapped_frames,
     /// Flushes: before a yield, or before begin returned.
     flushes,
+    /// Those of them that were owed before a yield to somebody who waited for the lock.
+    flushes_for_waiters,
+    /// Those of them that were owed before a yield to the scheduler.
+    flushes_for_scheduler,
     /// Times that all roots were replaced.
     reloads,
     /// Times that a zap gave up `mmu_lock`.

@@ -52,6 +52,17 @@ pub enum Walk {
     Restart,
 }
 
+/// Who a walk gives way to.
+#[derive(Clone, Copy, Debug)]
+enum Reason {
+    /// Somebody waits for the lock.
+    Waiters,
+    /// The scheduler wants the CPU.
+    Scheduler,
+    /// Nobody: the walk has something to do without the lock.
+    Own,
+}
+
 /// Tables that one walk keeps until they can be freed: nothing allocates under the lock.
 const RETIRED: usize = 64;
 
@@ -98,6 +109,7 @@ pub struct ZapWalk<'m, S: SecondaryMmu> {
     yielding: YieldPolicy,
     unflushed: Flush,
     retired: Retired<S>,
+    reason: Reason,
 }
 
 impl<S: SecondaryMmu> fmt::Debug for ZapWalk<'_, S> {
@@ -126,14 +138,16 @@ impl<'m, S: SecondaryMmu> ZapWalk<'m, S> {
             Blocking::Forbidden if mutation::active(Mutation::NonBlockableYields) => mmu.policy().yielding,
             Blocking::Forbidden => YieldPolicy::Never,
         };
-        Self { mmu, guard, blocking, yielding, unflushed: Flush::NOTHING, retired: Retired::none() }
+        let retired = Retired::none();
+        Self { mmu, guard, blocking, yielding, unflushed: Flush::NOTHING, retired, reason: Reason::Own }
     }
 
     /// The right to follow links, since the lock is held, and what the steps of the walk are reported to meanwhile.
     pub fn parts(&mut self) -> (Walking<'_>, Steps<'_, 'm, S>) {
-        let Self { mmu, guard, blocking, yielding, unflushed, retired } = self;
+        let Self { mmu, guard, blocking, yielding, unflushed, retired, reason } = self;
         let guard = &*guard;
-        let steps = Steps { mmu, guard, blocking: *blocking, yielding: *yielding, unflushed, retired };
+        let steps =
+            Steps { mmu, guard, blocking: *blocking, yielding: *yielding, unflushed, retired, reason };
         (guard.walking(), steps)
     }
 
@@ -155,8 +169,14 @@ impl<'m, S: SecondaryMmu> ZapWalk<'m, S> {
 
     /// The same, with something to do while the lock is not held.
     pub fn give_way_for(&mut self, meanwhile: impl FnOnce()) {
-        if !mutation::active(Mutation::YieldWithoutFlush) {
-            self.parts().1.flush();
+        let reason = mem::replace(&mut self.reason, Reason::Own);
+        let counters = &self.mmu.counters;
+        if !mutation::active(Mutation::YieldWithoutFlush) && self.parts().1.flush() {
+            match reason {
+                Reason::Waiters => counters.flushes_for_waiters.fetch_add(1, Ordering::Relaxed),
+                Reason::Scheduler => counters.flushes_for_scheduler.fetch_add(1, Ordering::Relaxed),
+                Reason::Own => 0,
+            };
         }
         let started = S::Platform::now_ns();
         let (mmu, retired) = (self.mmu, mem::replace(&mut self.retired, Retired::none()));
@@ -164,7 +184,6 @@ impl<'m, S: SecondaryMmu> ZapWalk<'m, S> {
             free(mmu, retired);
             meanwhile();
         });
-        let counters = &self.mmu.counters;
         counters.yields.fetch_add(1, Ordering::Relaxed);
         counters.lock_wait_ns.fetch_add(S::Platform::now_ns().saturating_sub(started), Ordering::Relaxed);
     }
@@ -221,6 +240,7 @@ pub struct Steps<'w, 'm, S: SecondaryMmu> {
     yielding: YieldPolicy,
     unflushed: &'w mut Flush,
     retired: &'w mut Retired<S>,
+    reason: &'w mut Reason,
 }
 
 impl<S: SecondaryMmu> fmt::Debug for Steps<'_, '_, S> {
@@ -248,15 +268,23 @@ impl<S: SecondaryMmu> Steps<'_, '_, S> {
             }
         }
         let is_full = self.retired.count == RETIRED;
-        if is_full || !done.is_empty() && self.is_break_wanted() { Turn::GiveWay } else { Turn::GoOn }
+        let wanted = if done.is_empty() { None } else { self.who_wants_a_break() };
+        match wanted.or(is_full.then_some(Reason::Own)) {
+            Some(reason) => {
+                *self.reason = reason;
+                Turn::GiveWay
+            }
+            None => Turn::GoOn,
+        }
     }
 
-    fn is_break_wanted(&self) -> bool {
+    fn who_wants_a_break(&self) -> Option<Reason> {
         if self.yielding == YieldPolicy::OnContention && self.guard.is_contended() {
             self.mmu.counters.yields_to_waiters.fetch_add(1, Ordering::Relaxed);
-            return true;
+            return Some(Reason::Waiters);
         }
-        self.yielding != YieldPolicy::Never && S::Platform::resched_wanted()
+        let is_wanted = self.yielding != YieldPolicy::Never && S::Platform::resched_wanted();
+        is_wanted.then_some(Reason::Scheduler)
     }
 
     /// The guest wrote to frames of `gfns` through a translation that goes, or may be written no more. Where writes to the
@@ -311,13 +339,15 @@ impl<S: SecondaryMmu> Steps<'_, '_, S> {
         self.flush();
     }
 
-    /// Pays what is owed. The lock is still held.
-    fn flush(&mut self) {
+    /// Pays what is owed, and says whether anything was. The lock is still held.
+    fn flush(&mut self) -> bool {
         let owed = mem::replace(self.unflushed, Flush::NOTHING);
-        if !owed.is_nothing() {
-            self.mmu.counters.flushes.fetch_add(1, Ordering::Relaxed);
-            self.mmu.secondary().flush(owed, &self.mmu.vcpus);
+        if owed.is_nothing() {
+            return false;
         }
+        self.mmu.counters.flushes.fetch_add(1, Ordering::Relaxed);
+        self.mmu.secondary().flush(owed, &self.mmu.vcpus);
+        true
     }
 }
 
