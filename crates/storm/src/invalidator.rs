@@ -8,7 +8,7 @@ use afterimage_mmu::{
 };
 
 use crate::guest::{Choices, Shared, StormTables};
-use crate::platform::{Threads, cpu_ns, keep_times, start_of_slice, take_times};
+use crate::platform::{Threads, cpu_ns, give_way_if_wanted, keep_times, start_of_slice, take_times};
 use crate::ram::{Ram, Spares};
 use crate::recording::{Event, Recording, What};
 use crate::scenario::{Order, Take};
@@ -89,6 +89,7 @@ impl<'m, 'r> Invalidator<'m, 'r> {
     /// Has everything mapped, as in a machine that uses its memory. `false`: the storm is over, or something failed.
     fn populate(&mut self, vcpu: &mut Vcpu<'m, StormTables<'r>>, gfns: GfnRange, over: &AtomicBool) -> bool {
         for gfn in gfns.start.as_u64()..gfns.end.as_u64() {
+            give_way_if_wanted();
             let fault = Fault::new(Gfn::new(gfn), Access::WRITE);
             loop {
                 match vcpu.handle_fault(&self.shared.ram, &fault) {
@@ -108,6 +109,7 @@ impl<'m, 'r> Invalidator<'m, 'r> {
     }
 
     fn invalidate(&mut self, gfns: GfnRange) {
+        give_way_if_wanted();
         let shared = self.shared;
         self.windows.open(gfns);
         take_times();

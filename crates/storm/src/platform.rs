@@ -1,8 +1,9 @@
 //! What a storm's threads run on: Linux, with a scheduler that says when it wants the CPU back.
 //!
-//! User space cannot see the kernel's wish to reschedule. So a storm with more threads than CPUs has a thread that ticks, and
-//! between two ticks each thread is asked to give way once: a timer interrupt that finds somebody else runnable. Waiting
-//! for `mmu_lock` is a spin, as in KVM, and a sleep only after longer than any holder has it that runs. A kernel's holder is
+//! User space cannot see the kernel's wish to reschedule. So a storm with more threads than CPUs has a thread that ticks, and at a
+//! tick each thread is asked to give way that has used up a slice of CPU time since it was asked last: as a timer interrupt finds it that
+//! finds somebody else runnable. A tick while a thread waits for a CPU asks it for nothing. It is asked for more than by a kernel, where
+//! a thread with a CPU to itself is never asked, and may lose the CPU besides, which costs a kernel's zap no flush of its own. Waiting for `mmu_lock` is a spin, as in KVM, and a sleep only after longer than any holder has it that runs. A kernel's holder is
 //! not preempted; one here can be, so in such a storm whoever spins lets others run now and then.
 
 use core::cell::{Cell, RefCell};
@@ -17,6 +18,9 @@ use rustix::time::{ClockId, clock_gettime};
 /// How far apart ticks are: a kernel with 250 a second.
 const TICK: Duration = Duration::from_millis(4);
 
+/// CPU time after which a tick asks a thread to give way: what it has had when the next one finds it.
+const SLICE_NS: u64 = TICK.as_nanos() as u64;
+
 /// Ticks so far.
 static TICKS: AtomicU64 = AtomicU64::new(0);
 
@@ -29,8 +33,10 @@ const TURNS: u32 = 1024;
 thread_local! {
     /// Turns that this thread has spun.
     static SPUN: Cell<u32> = const { Cell::new(0) };
-    /// The tick that this thread has given way to last.
-    static SERVED: Cell<u64> = const { Cell::new(0) };
+    /// The last tick that wanted nothing of this thread.
+    static QUIET: Cell<u64> = const { Cell::new(0) };
+    /// CPU time of this thread at the start of its slice, in nanoseconds.
+    static SLICE_STARTED: Cell<u64> = const { Cell::new(0) };
     /// When this thread gave way, where that is asked for.
     static GAVE_WAY: RefCell<Option<Thinned>> = const { RefCell::new(None) };
 }
@@ -96,7 +102,7 @@ impl Platform for Threads {
 
     #[inline]
     fn resched_wanted() -> bool {
-        TICKS.load(Ordering::Relaxed) != SERVED.get()
+        TICKS.load(Ordering::Relaxed) != QUIET.get() && is_slice_over()
     }
 
     fn reschedule() {
@@ -106,7 +112,7 @@ impl Platform for Threads {
             }
         });
         if Self::resched_wanted() {
-            SERVED.set(TICKS.load(Ordering::Relaxed));
+            next_slice();
             rustix::thread::sched_yield();
         } else {
             Self::relax();
@@ -134,9 +140,35 @@ pub(crate) fn take_times() -> Vec<u64> {
     GAVE_WAY.with_borrow_mut(|times| times.as_mut().map(core::mem::take).unwrap_or_default().kept)
 }
 
-/// Forgets the ticks that this thread has not seen yet: it starts to run now.
+/// There was a tick: whether it found this thread's slice used up. Until the thread gives way, it did.
+#[cold]
+fn is_slice_over() -> bool {
+    let tick = TICKS.load(Ordering::Relaxed);
+    let is_over = cpu_ns() - SLICE_STARTED.get() >= SLICE_NS;
+    if !is_over {
+        QUIET.set(tick);
+    }
+    is_over
+}
+
+/// This thread gives way: another slice, of as many as its CPU time comes to.
+fn next_slice() {
+    QUIET.set(TICKS.load(Ordering::Relaxed));
+    let used = cpu_ns() - SLICE_STARTED.get();
+    SLICE_STARTED.set(SLICE_STARTED.get() + used / SLICE_NS * SLICE_NS);
+}
+
+/// This thread's first slice starts now.
 pub(crate) fn start_of_slice() {
-    SERVED.set(TICKS.load(Ordering::Relaxed));
+    QUIET.set(TICKS.load(Ordering::Relaxed));
+    SLICE_STARTED.set(cpu_ns());
+}
+
+/// Gives way if that is wanted: where a kernel's thread holds no lock, it does so at once.
+pub(crate) fn give_way_if_wanted() {
+    if Threads::resched_wanted() {
+        Threads::reschedule();
+    }
 }
 
 /// Ticks until `over`.
@@ -155,7 +187,22 @@ pub(crate) fn cpu_ns() -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use super::Thinned;
+    use super::*;
+
+    #[test]
+    fn a_thread_is_asked_to_give_way_once_a_slice_and_at_a_tick() {
+        let tick = || TICKS.fetch_add(1, Ordering::Relaxed);
+        start_of_slice();
+        tick();
+        assert!(!Threads::resched_wanted(), "it has just begun");
+        while cpu_ns() - SLICE_STARTED.get() < SLICE_NS {}
+        assert!(!Threads::resched_wanted(), "no tick has found it so");
+        tick();
+        assert!(Threads::resched_wanted() && Threads::resched_wanted(), "until it gives way");
+        give_way_if_wanted();
+        tick();
+        assert!(!Threads::resched_wanted(), "it has another slice");
+    }
 
     #[test]
     fn many_times_are_thinned_out_evenly() {
