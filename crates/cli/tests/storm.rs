@@ -31,8 +31,8 @@ fn number(cell: &Value, pointer: &str) -> f64 {
 fn every_scenario_ends_without_a_wrong_page() {
     let _alone = alone();
     let cells = storm(&["--duration", "20ms", "--memory", "4M", "--shuffle"]);
-    // Two baselines and six policies.
-    assert_eq!(cells.len(), 6 * 8);
+    // Three baselines and six policies.
+    assert_eq!(cells.len(), 6 * 9);
     for cell in &cells {
         assert_eq!(number(cell, "/wrong_pages"), 0.0, "{cell:#}");
         assert_eq!(cell["failures"], Value::Array(vec![]));
@@ -80,6 +80,8 @@ fn the_cells_have_the_promised_shape() {
             "/faults",
             "/invalidations",
             "/flushes_per_invalidation",
+            "/flushes_for_waiters_per_invalidation",
+            "/flushes_for_scheduler_per_invalidation",
             "/yields_per_invalidation",
             "/yields_to_waiters_per_invalidation",
             "/retries/before_fault_in",
@@ -136,13 +138,19 @@ fn with_the_checks_a_doomed_fault_disturbs_nobody() {
         let of = |load: &str| {
             cells.iter().find(|cell| cell["load"] == load).unwrap_or_else(|| panic!("no {load}: {cells:#?}"))
         };
-        let (uncontended, both) = (of("uncontended"), of("storm"));
+        let (uncontended, busy, both) = (of("uncontended"), of("busy"), of("storm"));
         // A doomed fault takes the lock only if the invalidation began between its last look and the lock: once at most.
         let raced = number(both, "/invalidations") * 2.0 * 2.0;
         assert!(number(both, "/doomed_lock_acquisitions") <= raced, "{both:#}");
         let yields = number(both, "/yields_to_waiters_per_invalidation") * number(both, "/invalidations");
         assert!(yields <= raced, "it yields to no others than those: {both:#}");
         let flushes = |cell| number(cell, "/flushes_per_invalidation");
+        let owed = |cell, to: &str| number(cell, &format!("/flushes_for_{to}_per_invalidation"));
+        assert_eq!(owed(busy, "waiters"), 0.0, "nobody faults there: {busy:#}");
+        for cell in [uncontended, busy, both] {
+            let at_the_end = flushes(cell) - owed(cell, "waiters") - owed(cell, "scheduler");
+            assert!((-1e-9..=1.0 + 1e-9).contains(&at_the_end), "{at_the_end}: {cell:#}");
+        }
         least = least.min(flushes(both) - flushes(uncontended));
         if least <= 1.0 {
             return;

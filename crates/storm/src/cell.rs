@@ -40,6 +40,8 @@ pub enum Load {
     Storm,
     /// Invalidations with no vCPU in their way: what one costs by itself.
     Uncontended,
+    /// Invalidations, and as many busy vCPUs as in the storm, none of which faults: what one costs on a machine as full.
+    Busy,
     /// Faults with no invalidation: what one costs by itself.
     Quiet,
 }
@@ -143,6 +145,12 @@ measured! {
         /// Remote TLB flushes for each of those.
         #[serde(skip_serializing_if = "Option::is_none")]
         flushes_per_invalidation: Option<f64>,
+        /// Those of them that were owed to somebody who waited for the lock, before a yield to them.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        flushes_for_waiters_per_invalidation: Option<f64>,
+        /// Those that were owed to the scheduler. What is left is the one at the end of a zap.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        flushes_for_scheduler_per_invalidation: Option<f64>,
         /// Times that a zap gave up the lock, for each invalidation.
         #[serde(skip_serializing_if = "Option::is_none")]
         yields_per_invalidation: Option<f64>,

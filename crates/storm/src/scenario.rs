@@ -114,15 +114,16 @@ impl Plan {
         // Own frames of vCPUs lie behind the memory, but for those between two far ends.
         let half = memory / 2;
         let first_own = if scenario == Scenario::D { half } else { memory }.next_multiple_of(OWN);
-        let own = |vcpu: usize| Touch::Fresh(frames(first_own + vcpu as u64 * OWN, OWN));
+        let own = |vcpu: usize| frames(first_own + vcpu as u64 * OWN, OWN);
         let scanned = frames(0, 2 * SCANNED.min(memory / 2));
         let touch = |vcpu: usize| match scenario {
-            _ if load == Load::Quiet => own(vcpu),
+            _ if load == Load::Quiet => Touch::Fresh(own(vcpu)),
+            _ if load == Load::Busy => Touch::Any(own(vcpu)),
             Scenario::A => Touch::Any(frames(0, HAMMERED)),
             Scenario::B if vcpu % 2 == 1 => Touch::Any(scanned),
             Scenario::C => Touch::Any(frames(0, MERGED)),
             Scenario::EInside => Touch::Any(all),
-            Scenario::B | Scenario::D | Scenario::E => own(vcpu),
+            Scenario::B | Scenario::D | Scenario::E => Touch::Fresh(own(vcpu)),
         };
         let single = Take { from: all, frames: 1, order: Order::InTurn, populates: false, compares: false };
         let ends = first_own + vcpus as u64 * OWN;
@@ -179,9 +180,13 @@ mod tests {
     }
 
     #[test]
-    fn a_part_of_a_storm_is_quiet() {
+    fn a_part_of_a_storm_leaves_the_rest_out() {
         let plan = |load| Plan::new(Scenario::A, load, 2, 1, 1024);
         assert!(plan(Load::Uncontended).touches.is_empty());
+        let busy = plan(Load::Busy);
+        let taken = |gfns: &GfnRange| busy.takes.iter().any(|take| take.from.overlaps(*gfns));
+        assert!(busy.touches.iter().all(|touch| matches!(touch, Touch::Any(gfns) if !taken(gfns))));
+        assert_eq!((busy.touches.len(), busy.takes.len()), (2, 1));
         let quiet = plan(Load::Quiet);
         assert!(quiet.takes.is_empty() && quiet.touches.iter().all(|touch| matches!(touch, Touch::Fresh(_))));
     }

@@ -252,6 +252,8 @@ impl Storm {
             faults: total.faults,
             invalidations,
             flushes_per_invalidation: per(stats.flushes, invalidations),
+            flushes_for_waiters_per_invalidation: per(stats.flushes_for_waiters, invalidations),
+            flushes_for_scheduler_per_invalidation: per(stats.flushes_for_scheduler, invalidations),
             yields_per_invalidation: per(stats.yields, invalidations),
             yields_to_waiters_per_invalidation: per(stats.yields_to_waiters, invalidations),
             retries_per_fault: per(retries.all(), total.faults),

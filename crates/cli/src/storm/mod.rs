@@ -52,6 +52,7 @@ pub(crate) fn run(args: StormArgs) -> Result<ExitCode> {
             let load = match storm.load {
                 Load::Storm => storm.policies.to_string(),
                 Load::Uncontended => "uncontended".to_owned(),
+                Load::Busy => "busy".to_owned(),
                 Load::Quiet => "quiet".to_owned(),
             };
             tell(done, &format!("{} {load}", storm.scenario));

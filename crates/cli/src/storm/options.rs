@@ -135,7 +135,8 @@ impl StormArgs {
                 storm.check()?
             }
             if !self.no_baseline {
-                storms.extend([Load::Uncontended, Load::Quiet].map(|load| Storm { load, ..storm }));
+                storms
+                    .extend([Load::Uncontended, Load::Busy, Load::Quiet].map(|load| Storm { load, ..storm }));
             }
             storms.extend(policies.iter().map(|&policies| Storm { policies, ..storm }));
         }

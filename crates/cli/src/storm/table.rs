@@ -23,6 +23,8 @@ type Row = (&'static str, fn(&Measured) -> Option<String>);
 
 const ROWS: &[Row] = &[
     ("flushes/invalidation", |m| m.flushes_per_invalidation.map(ratio)),
+    ("  for who waits", |m| m.flushes_for_waiters_per_invalidation.map(ratio)),
+    ("  for the scheduler", |m| m.flushes_for_scheduler_per_invalidation.map(ratio)),
     ("yields/invalidation", |m| m.yields_per_invalidation.map(ratio)),
     ("  to who waits", |m| m.yields_to_waiters_per_invalidation.map(ratio)),
     ("invalidations", |m| Some(show_count(m.invalidations))),
@@ -96,6 +98,9 @@ fn head(cell: &Cell) -> [String; 6] {
     match (cell.load, &cell.policies) {
         (Load::Uncontended, _) => {
             [engine, "uncontended:".into(), "no faults".into(), "".into(), "".into(), "".into()]
+        }
+        (Load::Busy, _) => {
+            [engine, "busy: vCPUs".into(), "that do not fault".into(), "".into(), "".into(), "".into()]
         }
         (Load::Quiet, _) => {
             [engine, "quiet:".into(), "no invalidations".into(), "".into(), "".into(), "".into()]

@@ -10,6 +10,7 @@ pub(crate) fn trace(outcomes: &[Outcome]) -> Value {
         let cell = &outcome.cell;
         let load = match (cell.load, &cell.policies) {
             (Load::Uncontended, _) => "uncontended".to_owned(),
+            (Load::Busy, _) => "busy".to_owned(),
             (Load::Quiet, _) => "quiet".to_owned(),
             (Load::Storm, Some(policies)) => policies.to_string(),
             (Load::Storm, None) => cell.engine.to_string(),

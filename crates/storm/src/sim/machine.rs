@@ -130,6 +130,7 @@ pub(super) struct Machine {
     lock_wait: LockWait,
     invalidations: u64,
     flushes: u64,
+    flushes_for_waiters: u64,
     yields: u64,
     recording: Recording,
 }
@@ -216,6 +217,7 @@ impl Machine {
             lock_wait: LockWait::default(),
             invalidations: 0,
             flushes: 0,
+            flushes_for_waiters: 0,
             yields: 0,
             recording: Recording::default(),
         };
@@ -256,8 +258,10 @@ impl Machine {
             faults: self.faults,
             invalidations: self.invalidations,
             flushes_per_invalidation: per(self.flushes, self.invalidations),
-            yields_per_invalidation: per(self.yields, self.invalidations),
             // There is no scheduler.
+            flushes_for_waiters_per_invalidation: per(self.flushes_for_waiters, self.invalidations),
+            flushes_for_scheduler_per_invalidation: per(0, self.invalidations),
+            yields_per_invalidation: per(self.yields, self.invalidations),
             yields_to_waiters_per_invalidation: per(self.yields, self.invalidations),
             retries_per_fault: per(self.retries.all(), self.faults),
             retries: Some(self.retries),

@@ -30,11 +30,13 @@ pub(crate) struct KernelCell {
 }
 
 /// What no kernel counts, and why.
-const UNCOUNTED: [(&str, &str); 9] = [
+const UNCOUNTED: [(&str, &str); 11] = [
     (
         "retries",
         "KVM counts what becomes of faults, but not where on its path it let one retry; `retries_per_fault` is all",
     ),
+    ("flushes_for_waiters_per_invalidation", "KVM counts flushes, but not what they were for"),
+    ("flushes_for_scheduler_per_invalidation", "KVM counts flushes, but not what they were for"),
     ("yields_per_invalidation", "KVM does not count them; `watched.order` shows some"),
     ("yields_to_waiters_per_invalidation", "KVM does not count yields"),
     ("most_retries", "KVM counts retries by vCPU, not by fault"),

@@ -136,6 +136,7 @@ fn load_name(load: Load) -> &'static str {
     match load {
         Load::Storm => "storm",
         Load::Uncontended => "uncontended",
+        Load::Busy => "busy",
         Load::Quiet => "quiet",
     }
 }

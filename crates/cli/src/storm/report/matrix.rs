@@ -14,6 +14,8 @@ type Row = (&'static str, fn(&Measured) -> Option<f64>, fn(f64) -> String);
 
 const ROWS: &[Row] = &[
     ("flushes per invalidation", |m| m.flushes_per_invalidation, ratio),
+    ("… for who waits", |m| m.flushes_for_waiters_per_invalidation, ratio),
+    ("… for the scheduler", |m| m.flushes_for_scheduler_per_invalidation, ratio),
     ("invalidation, median", |m| m.invalidation_ns.as_ref().map(|times| times.median as f64), ns),
     ("invalidation, longest", |m| m.invalidation_ns.as_ref().map(|times| times.max as f64), ns),
     ("invalidation, CPU time", |m| m.invalidation_cpu_ns.map(|time| time as f64), ns),
@@ -78,7 +80,7 @@ pub(super) fn write(page: &mut String, cells: &[&Outcome]) -> fmt::Result {
             };
             let shade = match outcome.cell.load {
                 Load::Storm => shade(*median, best),
-                Load::Uncontended | Load::Quiet => 0,
+                Load::Uncontended | Load::Busy | Load::Quiet => 0,
             };
             let spread = match (value(&outcome.cell.min), value(&outcome.cell.max)) {
                 (Some(least), Some(greatest)) if least != greatest => {

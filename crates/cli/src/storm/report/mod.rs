@@ -57,6 +57,7 @@ fn write(page: &mut String, outcomes: &[Outcome], what: &str) -> std::fmt::Resul
 fn name(cell: &Cell) -> (String, String) {
     match (cell.load, &cell.policies) {
         (Load::Uncontended, _) => ("uncontended".to_owned(), "no faults in the way".to_owned()),
+        (Load::Busy, _) => ("busy".to_owned(), "vCPUs that do not fault".to_owned()),
         (Load::Quiet, _) => ("quiet".to_owned(), "no invalidations".to_owned()),
         (Load::Storm, None) => (cell.engine.to_string(), "as it is".to_owned()),
         (Load::Storm, Some(policies)) => match policies.name() {

@@ -150,6 +150,7 @@ impl Machine {
     }
 
     pub(super) fn give_way(&mut self, who: usize) {
+        self.flushes_for_waiters += u64::from(self.invalidators[who].unflushed);
         let time = self.flush(who);
         self.yields += 1;
         self.after(time, Event::Yielded(who));
