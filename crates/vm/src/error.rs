@@ -13,26 +13,26 @@ pub enum VmError {
         what: String,
     },
     /// `/dev/kvm` cannot be opened.
-    #[error("cannot open /dev/kvm: {source}; a thread guest needs no KVM")]
+    #[error("cannot open /dev/kvm: {error}; a thread guest needs no KVM")]
     NoKvm {
         /// What the system said.
-        source: io::Error,
+        error: io::Error,
     },
     /// A KVM call failed.
-    #[error("KVM cannot {what}: {source}")]
+    #[error("KVM cannot {what}: {error}{}", way_out(error))]
     Kvm {
         /// What it was asked to do.
         what: &'static str,
         /// What the system said.
-        source: io::Error,
+        error: io::Error,
     },
     /// Another system call failed.
-    #[error("cannot {what}: {source}")]
+    #[error("cannot {what}: {error}{}", way_out(error))]
     System {
         /// What was tried.
         what: &'static str,
         /// What the system said.
-        source: io::Error,
+        error: io::Error,
     },
     /// The guest program could not be assembled; a bug of this crate.
     #[error("the guest program cannot be assembled: {what}")]
@@ -63,14 +63,38 @@ pub enum VmError {
 
 impl VmError {
     pub(crate) fn kvm(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Self {
-        move |error| Self::Kvm { what, source: io::Error::from_raw_os_error(error.errno()) }
+        move |error| Self::Kvm { what, error: io::Error::from_raw_os_error(error.errno()) }
     }
 
     pub(crate) fn system<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> Self {
-        move |error| Self::System { what, source: error.into() }
+        move |error| Self::System { what, error: error.into() }
     }
 
     pub(crate) fn spec(what: impl Into<String>) -> Self {
         Self::Spec { what: what.into() }
+    }
+}
+
+/// What helps, where that is known.
+fn way_out(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EMFILE) => "; raise the limit of open files with `ulimit -n`",
+        _ => "",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::error::Error as _;
+
+    use super::*;
+
+    #[test]
+    fn an_error_of_the_system_is_told_once_with_what_helps() {
+        let error = VmError::kvm("create a vCPU")(kvm_ioctls::Error::new(libc::EMFILE));
+        assert!(error.source().is_none(), "it is in the sentence already");
+        let said = error.to_string();
+        assert_eq!(said.matches("os error 24").count(), 1, "{said}");
+        assert!(said.ends_with("; raise the limit of open files with `ulimit -n`"), "{said}");
     }
 }

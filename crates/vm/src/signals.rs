@@ -91,7 +91,7 @@ pub(crate) fn install() -> Result<(), VmError> {
     });
     installed.map_err(|error| VmError::System {
         what: "install the vCPUs' signal handlers",
-        source: io::Error::from_raw_os_error(error),
+        error: io::Error::from_raw_os_error(error),
     })
 }
 

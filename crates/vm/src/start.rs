@@ -197,11 +197,11 @@ pub(crate) fn spawn(state: Arc<State>, vcpus: impl Iterator<Item = Vcpu>) -> Sta
         };
         match thread::Builder::new().name(format!("vcpu-{index}")).spawn(body) {
             Ok(thread) => threads.push(thread),
-            Err(source) => {
+            Err(error) => {
                 for missing in index..state.system.plan.vcpus {
                     state.end(missing, VcpuEnd::Stopped);
                 }
-                return (state, threads, Err(VmError::System { what: "start a vCPU's thread", source }));
+                return (state, threads, Err(VmError::System { what: "start a vCPU's thread", error }));
             }
         }
     }

@@ -35,7 +35,7 @@ impl KvmVm {
         dirty_log: DirtyLog,
     ) -> Result<(Self, Vec<KvmVcpu>), VmError> {
         let kvm = Kvm::new()
-            .map_err(|error| VmError::NoKvm { source: io::Error::from_raw_os_error(error.errno()) })?;
+            .map_err(|error| VmError::NoKvm { error: io::Error::from_raw_os_error(error.errno()) })?;
         let fd = kvm.create_vm().map_err(VmError::kvm("create a VM"))?;
         let vm = Self { fd, memory };
         vm.set_slot(SYSTEM_SLOT, SYSTEM_GPA, system.address(0), system.plan.bytes as u64, 0)?;
