@@ -75,7 +75,7 @@ mod progress;
 mod register;
 mod resolve;
 mod vma;
-mod worker;
+mod workers;
 
 pub use error::{Operation, UffdError};
 pub use event::{Access, Event, EventBuffer, Events, FaultKind, Tid};
@@ -90,4 +90,4 @@ pub use progress::{Progress, Stop};
 pub use register::{RangeIoctls, RegisterModes};
 pub use resolve::{Protection, SourceHoles, Wake};
 pub use vma::{Backing, Place, UffdMmu, VmaPage};
-pub use worker::{AfterRetry, FaultReport, ServeOptions, Workers};
+pub use workers::{AfterRetry, FaultReport, ServeOptions, Workers};

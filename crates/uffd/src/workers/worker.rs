@@ -1,176 +1,23 @@
-//! Workers: threads that read faults from userfaultfds and serve them through the engine.
-//!
-//! # One round of a worker
-//!
-//! 1. Read what its descriptors have, in batches, without waiting. No lock is held or taken for that.
-//! 2. Serve each fault. One that must be retried is *parked*: kept here, once for each page and kind, until the
-//!    invalidation that covers it has ended; or let go, to fault again ([`AfterRetry`]).
-//! 3. Try the parked ones that are no longer covered.
-//! 4. Nothing to do: look again for a short while ([`ServeOptions::spin`]), then sleep on the descriptors and on the
-//!    doorbell. Waking a thread costs more than serving a fault, so a moment of looking pays.
-//!
-//! # What ends a fault
-//!
-//! Mapped: the kernel wakes whoever waits. Poisoned: they get SIGBUS. Nothing else: a fault whose page cannot be had is
-//! poisoned, never left asleep and never given other bytes. One for which there is no memory is tried again for a while
-//! ([`ServeOptions::scarcity`]), since memory can come back, and poisoned then.
-//!
-//! Two kinds of fault wait as long as it takes: those on memory that is in no memslot, which may be in one again, and
-//! those of a worker that is stopped. Stop the guest first.
+//! One worker: reads faults, serves them through the engine, parks those that must be retried.
 
-use core::fmt;
-use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use afterimage_mmu::{
-    Access, Emulate, Fault, FaultError, FaultInError, FaultOutcome, Found, Gfn, GfnRange, GuestMmu, Hva,
-    HvaRange, Mapped, Memslot, Patience, PrimaryMmu, Retry, RetryPoint, Snapshot, Vcpu,
+    Access, Emulate, Fault, FaultError, FaultOutcome, Found, Gfn, GfnRange, GuestMmu, Hva, HvaRange, Mapped,
+    PrimaryMmu, Retry, RetryPoint, Vcpu,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use super::last_try::{Lack, LastTry};
+use super::{AfterRetry, FaultReport, ServeOptions};
 use crate::{Event, EventBuffer, FaultKind, UffdError, UffdMmu, VmaPage};
-
-/// What becomes of a fault that an invalidation made retry.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum AfterRetry {
-    /// The worker keeps it until the invalidation has ended. Costs no CPU, and cannot starve.
-    Park,
-    /// The guest is woken, touches the page and faults again, as often as it takes: KVM's way.
-    Refault,
-}
-
-/// How workers go about it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ServeOptions {
-    /// How long to look for new faults, when there is nothing to do, before sleeping.
-    pub spin: Duration,
-    /// How long a fault waits for memory, where there is none, before its page is poisoned.
-    pub scarcity: Duration,
-    /// What becomes of a fault that must be retried.
-    pub after_retry: AfterRetry,
-}
-
-impl Default for ServeOptions {
-    /// 20 µs of looking, less than a wake-up costs on most machines; 10 s without memory; retries are parked.
-    fn default() -> Self {
-        Self {
-            spin: Duration::from_micros(20),
-            scarcity: Duration::from_secs(10),
-            after_retry: AfterRetry::Park,
-        }
-    }
-}
-
-/// A fault that ended badly: the page was poisoned, and its user stops.
-#[derive(Debug)]
-pub struct FaultReport<E: fmt::Debug + fmt::Display> {
-    /// The guest frame.
-    pub gfn: Gfn,
-    /// Why.
-    pub error: FaultError<E, UffdError>,
-}
 
 /// Messages read at a time.
 const BATCH: usize = 32;
 /// A parked fault that no invalidation covers (an entry that changed at the same time, memory that was short for a
 /// moment, a slot that is changing) is tried again after this long.
 const PAUSE: Duration = Duration::from_millis(1);
-
-/// The running workers of one [`UffdMmu`].
-#[derive(Debug)]
-pub struct Workers {
-    threads: Vec<JoinHandle<Result<(), UffdError>>>,
-    stop: Arc<Stop>,
-}
-
-struct Stop {
-    asked: AtomicBool,
-    ring: Box<dyn Fn() + Send + Sync>,
-}
-
-impl fmt::Debug for Stop {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Stop").field("asked", &self.asked).finish_non_exhaustive()
-    }
-}
-
-impl Workers {
-    /// Starts as many workers as the [`UffdMmu`] was made for. `report` is told of every fault that ends in poison.
-    ///
-    /// # Errors
-    ///
-    /// The system's, if a thread cannot be started; those that were are stopped.
-    pub fn start<Page, M>(
-        mmu: &Arc<GuestMmu<UffdMmu<Page>>>,
-        primary: &Arc<M>,
-        options: ServeOptions,
-        report: impl Fn(FaultReport<M::Error>) + Clone + Send + 'static,
-    ) -> io::Result<Self>
-    where
-        Page: VmaPage + 'static,
-        M: PrimaryMmu<Page = Page> + Send + Sync + 'static,
-        M::Error: Send,
-    {
-        let belongs = Arc::clone(mmu);
-        let ring = move || {
-            for worker in 0..belongs.secondary().workers() {
-                belongs.secondary().doorbell(worker).ring();
-            }
-        };
-        let stop = Arc::new(Stop { asked: AtomicBool::new(false), ring: Box::new(ring) });
-        let mut workers = Self { threads: Vec::new(), stop: Arc::clone(&stop) };
-        for number in 0..mmu.secondary().workers() {
-            let (mmu, primary, stop, report) =
-                (Arc::clone(mmu), Arc::clone(primary), Arc::clone(&stop), report.clone());
-            let body = move || Worker::new(&mmu, &*primary, number, options, report).run(&stop.asked);
-            match thread::Builder::new().name(format!("uffd-worker-{number}")).spawn(body) {
-                Ok(thread) => workers.threads.push(thread),
-                Err(error) => {
-                    // Started ones must not outlive the failure.
-                    let _ = workers.stop();
-                    return Err(error);
-                }
-            }
-        }
-        Ok(workers)
-    }
-
-    /// Whether a worker has ended by itself, which only an error makes it do.
-    pub fn has_failed(&self) -> bool {
-        self.threads.iter().any(JoinHandle::is_finished)
-    }
-
-    /// Ends the workers and waits for them. Faults that come later are not served.
-    ///
-    /// # Errors
-    ///
-    /// The first error that ended a worker.
-    pub fn stop(mut self) -> Result<(), UffdError> {
-        self.finish()
-    }
-
-    fn finish(&mut self) -> Result<(), UffdError> {
-        self.stop.asked.store(true, Ordering::Release);
-        (self.stop.ring)();
-        let mut result = Ok(());
-        for thread in self.threads.drain(..) {
-            let ended = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-            result = result.and(ended);
-        }
-        result
-    }
-}
-
-impl Drop for Workers {
-    fn drop(&mut self) {
-        if !thread::panicking() {
-            let _ = self.finish();
-        }
-    }
-}
 
 /// A fault as the kernel tells it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -206,7 +53,8 @@ enum Tried {
     Again(Await),
 }
 
-struct Worker<'m, Page: VmaPage, M: PrimaryMmu<Page = Page>, R> {
+/// One worker, on its thread.
+pub(super) struct Worker<'m, Page: VmaPage, M: PrimaryMmu<Page = Page>, R> {
     mmu: &'m GuestMmu<UffdMmu<Page>>,
     primary: &'m M,
     vcpu: Vcpu<'m, UffdMmu<Page>>,
@@ -222,7 +70,7 @@ where
     M: PrimaryMmu<Page = Page>,
     R: Fn(FaultReport<M::Error>),
 {
-    fn new(
+    pub(super) fn new(
         mmu: &'m GuestMmu<UffdMmu<Page>>,
         primary: &'m M,
         number: usize,
@@ -232,7 +80,8 @@ where
         Self { mmu, primary, vcpu: mmu.vcpu(), number, options, parked: Vec::new(), report }
     }
 
-    fn run(&mut self, stop: &AtomicBool) -> Result<(), UffdError> {
+    /// Serves faults until it is to `stop`.
+    pub(super) fn run(&mut self, stop: &AtomicBool) -> Result<(), UffdError> {
         let secondary = self.mmu.secondary();
         let doorbell = PollFd::new(secondary.doorbell(self.number), PollFlags::IN);
         let uffds = secondary.uffds_of(self.number).map(|uffd| PollFd::new(uffd, PollFlags::IN));
@@ -454,49 +303,4 @@ where
 enum Hope {
     Left,
     Gone,
-}
-
-/// Why a page is not to be had.
-#[derive(Debug)]
-enum Lack<E> {
-    Memory,
-    Page(E),
-}
-
-impl<E: fmt::Display> fmt::Display for Lack<E> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Memory => f.write_str("there is no memory for it"),
-            Self::Page(cause) => cause.fmt(f),
-        }
-    }
-}
-
-/// The primary MMU, asked for the last time: what it does not give now is lost.
-struct LastTry<'m, M>(&'m M);
-
-impl<M: PrimaryMmu> PrimaryMmu for LastTry<'_, M> {
-    type Page = M::Page;
-    type Error = Lack<M::Error>;
-
-    fn fault_in(
-        &self,
-        slot: &Memslot,
-        fault: &Fault,
-        since: &Snapshot,
-        patience: Patience,
-    ) -> Result<M::Page, FaultInError<Self::Error>> {
-        self.0.fault_in(slot, fault, since, patience).map_err(|error| match error {
-            FaultInError::WouldWait => FaultInError::WouldWait,
-            FaultInError::ReadOnly => FaultInError::ReadOnly,
-            FaultInError::Interrupted | FaultInError::NoMemory => FaultInError::Poisoned(Lack::Memory),
-            FaultInError::Poisoned(cause) | FaultInError::Failed(cause) => {
-                FaultInError::Poisoned(Lack::Page(cause))
-            }
-        })
-    }
-
-    fn privacy(&self, gfn: Gfn) -> afterimage_mmu::Privacy {
-        self.0.privacy(gfn)
-    }
 }
