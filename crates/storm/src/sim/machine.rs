@@ -18,6 +18,7 @@ mod faults;
 mod invalidations;
 
 use core::cmp::Reverse;
+use core::sync::atomic::{AtomicBool, Ordering};
 use std::collections::BinaryHeap;
 
 use super::costs::Costs;
@@ -231,11 +232,11 @@ impl Machine {
     }
 
     /// Runs until all that began within the duration has ended. After half of `limit` events nothing begins any more, and
-    /// after all of them it stops.
-    pub(super) fn run(mut self, limit: u64) -> Simulated {
+    /// after all of them, or when `interrupted`, it stops.
+    pub(super) fn run(mut self, limit: u64, interrupted: &AtomicBool) -> Simulated {
         let mut events = 0;
         while let Some(Reverse((time, _, event))) = self.events.pop() {
-            if events == limit {
+            if events == limit || interrupted.load(Ordering::Relaxed) {
                 break;
             }
             if events == limit / 2 {

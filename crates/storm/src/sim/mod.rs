@@ -85,14 +85,14 @@ impl Compared {
 impl Simulation {
     /// Runs `storm` in virtual time. Its memory and its vCPUs may be more than any machine has.
     pub fn run(&self, storm: &Storm) -> Simulated {
-        self.run_for(storm, LIMIT)
+        self.run_until(storm, LIMIT, &AtomicBool::new(false))
     }
 
-    fn run_for(&self, storm: &Storm, limit: u64) -> Simulated {
+    fn run_until(&self, storm: &Storm, limit: u64, interrupted: &AtomicBool) -> Simulated {
         let Storm { scenario, load, policies, vcpus, threads, memory, seed, duration } = *storm;
         let size = (vcpus, threads, memory / FRAME_BYTES);
         let duration = u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
-        Machine::new(scenario, load, policies, self.costs, size, seed, duration).run(limit)
+        Machine::new(scenario, load, policies, self.costs, size, seed, duration).run(limit, interrupted)
     }
 
     /// Whether it can blow in virtual time.
@@ -120,8 +120,9 @@ impl Simulation {
         interrupted: &AtomicBool,
     ) -> Option<(Outcome, Option<Cut>)> {
         let runs: Vec<_> = (0..repeat as u64)
+            .map(|turn| self.run_until(&Storm { seed: storm.seed + turn, ..*storm }, LIMIT, interrupted))
+            // One that was interrupted is none.
             .take_while(|_| !interrupted.load(Ordering::Relaxed))
-            .map(|turn| self.run(&Storm { seed: storm.seed + turn, ..*storm }))
             .collect();
         let measured: Vec<_> = runs.iter().map(|run| run.measured.clone()).collect();
         let is_cut = runs.iter().any(|run| run.is_cut);
@@ -225,7 +226,7 @@ mod tests {
     }
 
     fn simulate(storm: &Storm) -> Simulated {
-        Simulation { costs: COSTS }.run_for(storm, 3_000_000)
+        Simulation { costs: COSTS }.run_until(storm, 3_000_000, &AtomicBool::new(false))
     }
 
     fn every_policy() -> impl Iterator<Item = Policies> {
@@ -241,6 +242,17 @@ mod tests {
                 })
             })
         })
+    }
+
+    /// A long one takes a minute: who interrupts it does not wait for its end, and is not told of a part of it.
+    #[test]
+    fn an_interrupted_run_stops_at_once() {
+        let simulation = Simulation { costs: COSTS };
+        let storm = storm(Scenario::A, Policies::LINUX);
+        let run = simulation.run_until(&storm, LIMIT, &AtomicBool::new(true));
+        assert_eq!((run.measured.faults, run.measured.invalidations), (0, 0));
+        assert!(simulation.outcome(&storm, 3, &AtomicBool::new(true)).is_none());
+        assert!(simulation.outcome(&storm, 1, &AtomicBool::new(false)).is_some());
     }
 
     #[test]
