@@ -144,3 +144,36 @@ fn lost_memory_is_an_error_and_never_zeros() {
         }
     }
 }
+
+/// A memory file must stay as it is while a guest runs on it. Wrong pages of one that did not are explained.
+#[test]
+fn a_memory_file_that_was_changed_is_named() {
+    let _alone = alone();
+    if !has_guest("a_memory_file_that_was_changed_is_named") {
+        return;
+    }
+    let directory = tempfile::tempdir().expect("a directory");
+    let source = directory.path().join("memory");
+    let page = |byte: u8| vec![byte; 4096];
+    let file = File::create(&source).expect("a memory file");
+    (0..32 << 8).for_each(|frame| file.write_all_at(&page(1), frame * 4096).expect("a page"));
+    let (name, json) = (source.to_str().expect("a path of text"), directory.path().join("run.json"));
+    let options =
+        ["run", "--source", name, "--guest", "thread", "--resident", "1m", "--duration", "1s", "--json"];
+    for byte in 2..10 {
+        let mut running = Running::start(afterimage().args(options).arg(&json), None);
+        running.wait_started();
+        (0..32 << 8).for_each(|frame| file.write_all_at(&page(byte), frame * 4096).expect("a page"));
+        let ended = running.end();
+        let json = read_json(&json).expect("the JSON is whole");
+        if json["wrong_pages"] == 0 {
+            // It had read all of it before.
+            continue;
+        }
+        assert_eq!(ended.code(), 1, "{ended:?}");
+        let said = json["failures"][0].as_str().expect("a reason");
+        assert!(said.contains("was changed during the run") && said.contains("run it on a copy"), "{said}");
+        return;
+    }
+    panic!("the guest read no page that was changed");
+}

@@ -10,6 +10,7 @@ mod pressure;
 mod report;
 mod served;
 mod soft;
+mod source_file;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -26,6 +27,7 @@ pub(crate) use self::options::RunArgs;
 use self::options::RunPlan;
 use self::pressure::Pressure;
 use self::report::{Outcome, RunReport};
+use self::source_file::SourceFile;
 use crate::output::{Output, ended};
 
 /// How often the run is looked at.
@@ -44,6 +46,7 @@ pub(crate) fn run(args: RunArgs) -> Result<ExitCode> {
         Some(source) => json.map(|json| json.other_than(source)).transpose()?,
         None => json,
     };
+    let source = plan.shown.source.as_deref().map(SourceFile::new).transpose()?;
     let interrupted = Arc::new(AtomicBool::new(false));
     for signal in [SIGINT, SIGTERM] {
         // The second time, the default: whoever insists gets out.
@@ -60,13 +63,14 @@ pub(crate) fn run(args: RunArgs) -> Result<ExitCode> {
         crate::units::show_bytes(plan.resident),
         crate::units::show_bytes(plan.page_size.bytes()),
     );
-    finish(&plan, machine, json, &interrupted)
+    finish(&plan, machine, source, json, &interrupted)
 }
 
 /// Runs to the end and reports: what goes wrong from here on is a result.
 fn finish(
     plan: &RunPlan,
     machine: Machine,
+    source: Option<SourceFile>,
     json: Option<Output>,
     interrupted: &AtomicBool,
 ) -> Result<ExitCode> {
@@ -76,6 +80,9 @@ fn finish(
     // Who interrupts a run at its start has not shown anything to be wrong.
     if outcome.guest.counters().accesses == 0 && !interrupted.load(Ordering::Relaxed) {
         outcome.failures.push("the guest made no access at all".to_owned());
+    }
+    if outcome.guest.counters().wrong > 0 {
+        outcome.failures.extend(source.and_then(|source| source.explanation()));
     }
     let report = RunReport::new(plan, outcome);
     // The JSON first: it is for programs, which wait for it, and the table for a reader, who may have gone.
