@@ -1,6 +1,8 @@
 //! Ratios taken in one run: what is compared takes turns; the median and the least of the rounds are printed, each
 //! with its ratio to the first of its table.
 
+pub(crate) mod instructions;
+
 use std::time::Duration;
 
 /// One thing that is measured: nanoseconds for one unit of work, a round each call.

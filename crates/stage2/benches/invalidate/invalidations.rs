@@ -49,7 +49,7 @@ pub(crate) fn compare_all() {
             let measured: Vec<Measured<'_>> = WITNESSES
                 .into_iter()
                 .map(|(name, witness, barrier)| {
-                    let mmu = machine(witness, barrier);
+                    let mmu: Machine = machine(witness, barrier);
                     let round: Box<dyn FnMut() -> f64> = Box::new(move || begins(&mmu, frames, busy));
                     (name, round)
                 })

@@ -1,10 +1,11 @@
 //! A virtual machine on NPT, of which every frame is resident: what is left of a fault is the engine and the tables.
 
 use core::fmt;
+use core::marker::PhantomData;
 
 use afterimage_mmu::{
     Barrier, Fault, FaultInError, Gfn, GuestMmu, Hva, HvaRange, Memslot, PageRef, PageSize, PageUse,
-    Patience, Pfn, Policy, PrimaryMmu, SequenceScope, SlotId, Snapshot, Vcpu, WitnessKind,
+    Patience, Pfn, Platform, Policy, PrimaryMmu, SequenceScope, SlotId, Snapshot, Vcpu, WitnessKind,
 };
 use afterimage_stage2::{HeapMemory, Host, Npt4, Stage2};
 use afterimage_uffd::Linux;
@@ -27,16 +28,16 @@ impl PageRef for Page {
     fn release(self, _used: PageUse) {}
 }
 
-pub(crate) struct OnLinux;
+pub(crate) struct On<P>(PhantomData<fn() -> P>);
 
-impl Host for OnLinux {
+impl<P: Platform> Host for On<P> {
     type Memory = HeapMemory;
-    type Platform = Linux;
+    type Platform = P;
     type Page = Page;
 }
 
-pub(crate) type Machine = GuestMmu<Stage2<Npt4, OnLinux>>;
-pub(crate) type OneVcpu<'m> = Vcpu<'m, Stage2<Npt4, OnLinux>>;
+pub(crate) type Machine<P = Linux> = GuestMmu<Stage2<Npt4, On<P>>>;
+pub(crate) type OneVcpu<'m, P = Linux> = Vcpu<'m, Stage2<Npt4, On<P>>>;
 
 /// The frame behind each guest frame is the next.
 pub(crate) struct AllResident;
@@ -73,8 +74,9 @@ pub(crate) const WITNESSES: [(&str, WitnessKind, Barrier); 3] = [
 ];
 
 /// 4 GiB in one slot, mapped in 4 KiB pages.
-pub(crate) fn machine(witness: WitnessKind, barrier: Barrier) -> Machine {
-    let stage2 = Stage2::new(OnLinux, HeapMemory::default(), 1, PageSize::Size4K).expect("the heap has room");
+pub(crate) fn machine<P: Platform>(witness: WitnessKind, barrier: Barrier) -> Machine<P> {
+    let stage2 =
+        Stage2::new(On(PhantomData), HeapMemory::default(), 1, PageSize::Size4K).expect("the heap has room");
     let mmu =
         GuestMmu::new(stage2, Policy { witness, barrier, scope: SequenceScope::Region, ..Policy::default() });
     mmu.create_slot(Memslot::new(SlotId(0), Gfn::new(0), FRAMES, Hva::new(0))).expect("the first slot");

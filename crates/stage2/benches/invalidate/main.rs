@@ -3,14 +3,22 @@
 
 #[path = "../compare/mod.rs"]
 mod compare;
+mod instructions;
 mod invalidations;
 mod machine;
 mod zaps;
 
-fn main() {
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    if let Some(ended) = instructions::child() {
+        return ended;
+    }
     compare::run(&[
+        ("instructions", instructions::count_all),
         ("begin", invalidations::compare_all),
         ("zap", zaps::compare_all),
         ("beside", zaps::faults_beside),
     ]);
+    ExitCode::SUCCESS
 }

@@ -6,7 +6,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use afterimage_mmu::{Access, Blocking, Fault, FaultOutcome, Gfn, SlotId, SpaceId, Zap};
+use afterimage_mmu::{Access, Blocking, Fault, FaultOutcome, Gfn, Platform, SlotId, SpaceId, Zap};
 use rustix::mm::{MapFlags, ProtFlags};
 
 use crate::compare::{Measured, compare, median, per};
@@ -15,13 +15,13 @@ use crate::machine::{AllResident, FRAME_BYTES, FRAMES, Machine, OneVcpu, WITNESS
 /// 1 GiB.
 const ZAPPED: u64 = 1 << 18;
 
-fn fill(mmu: &Machine, frames: u64) {
+pub(crate) fn fill<P: Platform>(mmu: &Machine<P>, frames: u64) {
     let mut vcpu = mmu.vcpu();
     (0..frames).map(Gfn::new).for_each(|gfn| touch(&mut vcpu, gfn));
 }
 
 /// Faults until the frame is mapped.
-fn touch(vcpu: &mut OneVcpu<'_>, gfn: Gfn) {
+fn touch<P: Platform>(vcpu: &mut OneVcpu<'_, P>, gfn: Gfn) {
     let fault = Fault::new(gfn, Access::WRITE);
     loop {
         match vcpu.handle_fault(&AllResident, &fault) {
@@ -51,7 +51,7 @@ fn munmap() -> f64 {
 pub(crate) fn compare_all() {
     let mut measured: Vec<Measured<'_>> = vec![("munmap", Box::new(munmap))];
     let (_, witness, barrier) = WITNESSES[2];
-    let mmu = machine(witness, barrier);
+    let mmu: Machine = machine(witness, barrier);
     measured.push((
         "ours: invalidate, leaves",
         Box::new(move || {
@@ -66,7 +66,7 @@ pub(crate) fn compare_all() {
     measured.push((
         "ours: slot deleted, tables freed",
         Box::new(move || {
-            let mmu = machine(witness, barrier);
+            let mmu: Machine = machine(witness, barrier);
             fill(&mmu, ZAPPED);
             let started = Instant::now();
             mmu.delete_slot(SpaceId(0), SlotId(0)).expect("it is there");
@@ -123,7 +123,7 @@ pub(crate) fn faults_beside() {
         "\np99 of a fault elsewhere, while 1 GiB is zapped over and over, against the same without a zap"
     );
     for (name, witness, barrier) in WITNESSES {
-        let mmu = machine(witness, barrier);
+        let mmu: Machine = machine(witness, barrier);
         let mut rounds = [Vec::new(), Vec::new()];
         for _ in 0..5 {
             rounds[0].push(p99_beside(&mmu, false));
