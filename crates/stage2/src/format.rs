@@ -32,7 +32,7 @@ macro_rules! by_const_fns {
             Self::leaf(leaf)
         }
 
-        #[inline]
+        #[inline(always)]
         fn decode(raw: u64, level: Level) -> Entry {
             Self::entry(raw, level)
         }
@@ -324,6 +324,7 @@ impl WriteBits {
     }
 
     /// `None`: a combination that is not ours.
+    #[inline]
     const fn decode(&self, raw: u64) -> Option<Writable> {
         let host = raw & self.host != 0;
         let mmu = raw & self.mmu != 0;

@@ -6,16 +6,19 @@
 //!
 //! Source: Linux `tdp_iter`, `tdp_mmu_zap_leafs`, `kvm_tdp_mmu_age_gfn_range`.
 
-use core::fmt;
-use core::marker::PhantomData;
+mod entry;
 
-use afterimage_mmu::{Age, Gfn, GfnRange, Level};
+use core::{fmt, slice};
 
-use crate::format::{Entry, Format, Leaf, Writable};
+use afterimage_mmu::{Age, Gfn, GfnRange};
+
+use crate::format::{Format, Leaf, Writable};
 use crate::memory::TableMemory;
 use crate::mutation::{self, Mutation};
 use crate::sync::{AtomicU64, Ordering};
 use crate::tables::{TableRef, Tables, entry_block};
+
+pub use entry::{Change, LeafEntry};
 
 /// One step of a walk over a range.
 #[derive(Debug)]
@@ -31,14 +34,14 @@ pub struct Leaves<'t, F: Format, M: TableMemory> {
     tables: &'t Tables<F, M>,
     range: GfnRange,
     at: Gfn,
-    end: Gfn,
-    /// The table that was left last, and the end of what it translates.
-    inside: Option<(TableRef<'t, F, M>, Gfn)>,
+    /// The table that the walk is in, and its entries from `at` on, as far as the range goes. None are left: down from the root.
+    table: TableRef<'t, F, M>,
+    left: slice::Iter<'t, AtomicU64>,
 }
 
 impl<F: Format, M: TableMemory> fmt::Debug for Leaves<'_, F, M> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Leaves").field("at", &self.at).field("end", &self.end).finish_non_exhaustive()
+        f.debug_struct("Leaves").field("at", &self.at).field("end", &self.range.end).finish_non_exhaustive()
     }
 }
 
@@ -46,7 +49,7 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
     /// Walks over the leaves of `gfns`, those that overlap its ends too.
     pub fn leaves(&self, gfns: GfnRange) -> Leaves<'_, F, M> {
         let part = gfns.intersection(self.reach());
-        Leaves { tables: self, range: part, at: part.start, end: part.end, inside: None }
+        Leaves { tables: self, range: part, at: part.start, table: self.root_table(), left: [].iter() }
     }
 
     /// Takes every leaf of `gfns` away; how many frames they mapped. The caller flushes.
@@ -105,154 +108,92 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
     }
 }
 
-impl<F: Format, M: TableMemory> Leaves<'_, F, M> {
+impl<'t, F: Format, M: TableMemory> Leaves<'t, F, M> {
     /// Goes back to the frames of the last step, and down from the root again: the entry was frozen.
     pub fn look_again(&mut self, gfns: GfnRange) {
         self.at = self.range.intersection(gfns).start;
-        self.inside = None;
+        self.left = [].iter();
+    }
+
+    /// The entry that the walk has come to, and what its word is; `None` at the end of the table.
+    #[inline]
+    fn look(&self) -> Option<(&'t AtomicU64, u64)> {
+        let entry = self.left.as_slice().first()?;
+        Some((entry, entry.load(mutation::unless(Mutation::WalkRelaxed, Ordering::Acquire))))
+    }
+
+    /// The leaf that the walk has come to, if it has: then it goes on behind it.
+    #[inline]
+    fn leaf(&mut self) -> Option<LeafEntry<'t, F>> {
+        let (entry, raw) = self.look()?;
+        let gfns = entry_block(self.at, self.table.level());
+        let leaf = LeafEntry::seen(entry, self.table.level(), gfns, raw)?;
+        self.pass(gfns);
+        Some(leaf)
+    }
+
+    /// Goes on behind the entry of `gfns`.
+    #[inline]
+    fn pass(&mut self, gfns: GfnRange) {
+        self.at = gfns.end;
+        self.left.next();
+    }
+
+    /// Goes on behind all that say nothing. It has come to the first frame of an entry.
+    fn pass_absent(&mut self) {
+        let left = self.left.as_slice();
+        let absent = left.iter().take_while(|entry| entry.load(Ordering::Acquire) == F::ABSENT).count();
+        self.at = self.at + absent as u64 * self.table.level().frames();
+        self.left = left[absent..].iter();
+    }
+
+    fn enter(&mut self, table: TableRef<'t, F, M>) {
+        self.table = table;
+        self.left = table.entries_of(GfnRange::new(self.at, self.range.end)).iter();
+    }
+
+    /// Goes down to where an entry is no link; what is passed on the way that says nothing, up to the end of a table.
+    fn gap(&mut self) -> Option<GfnRange> {
+        let mut gap: Option<GfnRange> = None;
+        while self.at < self.range.end {
+            let Some((entry, raw)) = self.look() else {
+                if gap.is_some() {
+                    break;
+                }
+                self.enter(self.tables.root_table());
+                continue;
+            };
+            if let Some(child) = self.table.child(raw) {
+                self.enter(child);
+                continue;
+            }
+            let here = entry_block(self.at, self.table.level());
+            if LeafEntry::<F>::seen(entry, self.table.level(), here, raw).is_some() {
+                break;
+            }
+            let start = gap.map_or(self.at, |gap| gap.start);
+            self.pass(here);
+            self.pass_absent();
+            gap = Some(GfnRange::new(start, self.at.min(self.range.end)));
+        }
+        gap
     }
 }
 
 impl<'t, F: Format, M: TableMemory> Iterator for Leaves<'t, F, M> {
     type Item = Step<'t, F>;
 
+    #[inline(always)]
     fn next(&mut self) -> Option<Step<'t, F>> {
-        let mut gap: Option<GfnRange> = None;
-        while self.at < self.end {
-            let (table, table_end) = match self.inside {
-                Some((table, end)) if self.at < end => (table, end),
-                _ if gap.is_some() => break,
-                _ => {
-                    let root = self.tables.root_table();
-                    (root, root.span(self.at).end)
-                }
-            };
-            self.inside = Some((table, table_end));
-            let place = table.look(self.at);
-            let here = entry_block(self.at, table.level());
-            if let Some(child) = place.child {
-                self.inside = Some((child, here.end));
-                continue;
-            }
-            match place.said() {
-                Entry::Frozen if mutation::active(Mutation::ZapSkipsFrozen) => self.at = here.end,
-                Entry::Leaf(_) | Entry::Frozen => {
-                    if gap.is_some() {
-                        break;
-                    }
-                    self.at = here.end;
-                    return Some(Step::Leaf(LeafEntry {
-                        entry: place.entry,
-                        level: place.level,
-                        gfns: here,
-                        format: PhantomData,
-                    }));
-                }
-                Entry::Absent | Entry::Mmio(_) | Entry::Foreign | Entry::Table(_) => {
-                    let behind = table.first_said(here.end, table_end.min(self.end));
-                    let skipped = GfnRange::new(self.at, behind.min(self.end));
-                    gap = Some(gap.map_or(skipped, |gap| gap.hull(skipped)));
-                    self.at = skipped.end;
-                }
-            }
-        }
-        gap.map(Step::Gap)
-    }
-}
-
-/// What became of a change of a leaf.
-#[must_use = "an entry that changes is to be looked at again"]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Change {
-    /// It took place; what the leaf said before, with every mark that was set by then.
-    Did(Leaf),
-    /// It is a leaf no more.
-    Gone,
-    /// Its owner is in mid-change, or it was split: look again, from the root ([`Leaves::look_again`]).
-    LookAgain,
-}
-
-/// An entry that held a leaf, or was frozen, when the walk came by.
-pub struct LeafEntry<'t, F: Format> {
-    entry: &'t AtomicU64,
-    level: Level,
-    gfns: GfnRange,
-    format: PhantomData<F>,
-}
-
-impl<F: Format> fmt::Debug for LeafEntry<'_, F> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("LeafEntry").field("gfns", &self.gfns).field("leaf", &self.leaf()).finish()
-    }
-}
-
-impl<F: Format> LeafEntry<'_, F> {
-    /// The frames that it maps.
-    pub fn gfns(&self) -> GfnRange {
-        self.gfns
-    }
-
-    /// What it says now; `None` if it is no leaf.
-    pub fn leaf(&self) -> Option<Leaf> {
-        match F::decode(self.entry.load(Ordering::Acquire), self.level) {
-            Entry::Leaf(leaf) => Some(leaf),
-            _ => None,
-        }
-    }
-
-    /// Takes the leaf away.
-    pub fn take_away(&self) -> Change {
-        self.change(|_| None)
-    }
-
-    /// Leaves at most `left` of the permission to write.
-    pub fn write_protect(&self, left: Writable) -> Change {
-        debug_assert!(!left.is_allowed());
-        self.change(|leaf| Some(Leaf { writable: leaf.writable.min(left), ..leaf }))
-    }
-
-    /// Takes the mark of a past write away, where the format has one.
-    pub fn clean(&self) -> Change {
-        debug_assert!(F::HAS_DIRTY);
-        self.change(|leaf| Some(Leaf { writable: leaf.writable.min(Writable::Clean), ..leaf }))
-    }
-
-    /// Whether it was used since its mark was taken away; `Age::Clear` takes it away, if nobody changes the entry at
-    /// this moment (which somebody who uses it does).
-    pub fn age(&self, age: Age) -> bool {
-        let raw = self.entry.load(Ordering::Relaxed);
-        let Entry::Leaf(leaf) = F::decode(raw, self.level) else { return false };
-        if leaf.accessed
-            && age == Age::Clear
-            && let Ok(old) = F::encode_leaf(Leaf { accessed: false, ..leaf })
-        {
-            let _ = self.entry.compare_exchange(raw, old, Ordering::Relaxed, Ordering::Relaxed);
-        }
-        leaf.accessed
-    }
-
-    /// Replaces the leaf by what `next` makes of it (`None`: nothing), however often hardware marks it meanwhile.
-    fn change(&self, next: impl Fn(Leaf) -> Option<Leaf>) -> Change {
-        let seen = mutation::unless(Mutation::TakeWithoutAcquire, Ordering::Acquire);
-        let changed = if seen == Ordering::Acquire { Ordering::AcqRel } else { Ordering::Release };
-        let mut raw = self.entry.load(seen);
         loop {
-            let leaf = match F::decode(raw, self.level) {
-                Entry::Leaf(leaf) => leaf,
-                Entry::Table(_) if mutation::active(Mutation::ZapMissesSplit) => return Change::Gone,
-                Entry::Frozen | Entry::Table(_) => return Change::LookAgain,
-                _ => return Change::Gone,
-            };
-            let new = match next(leaf) {
-                Some(new) if new == leaf => return Change::Did(leaf),
-                Some(new) => {
-                    F::encode_leaf(new).expect("a decoded leaf can be encoded with fewer permissions")
-                }
-                None => F::ABSENT,
-            };
-            match self.entry.compare_exchange(raw, new, changed, seen) {
-                Ok(_) => return Change::Did(leaf),
-                Err(now) => raw = now,
+            if let Some(leaf) = self.leaf() {
+                return Some(Step::Leaf(leaf));
+            }
+            if let Some(gap) = self.gap() {
+                return Some(Step::Gap(gap));
+            }
+            if self.at >= self.range.end {
+                return None;
             }
         }
     }

@@ -30,6 +30,8 @@ pub enum Mutation {
     ZapSkipsFrozen,
     /// A zap that finds a leaf split since it looked takes its parts for gone.
     ZapMissesSplit,
+    /// A leaf is changed by a store: what the walk saw is taken for what was there.
+    ChangeBlindly,
     /// A leaf becomes a leaf of another frame without a zap in between.
     ConflictOverwritten,
     /// A large leaf is installed though only the faulting frame was verified.

@@ -45,6 +45,6 @@ mod frozen {
     use super::*;
 
     every_format!(@tests Vmsa<40>:
-        frozen::installs_back_off, frozen::zaps_wait, frozen::zaps_follow_splits,
+        frozen::installs_back_off, frozen::zaps_wait, frozen::zaps_follow_splits, frozen::zaps_keep_late_marks,
         frozen::no_leaf_becomes_another, nx::a_removal_breaks_first);
 }

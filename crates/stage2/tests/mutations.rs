@@ -66,6 +66,8 @@ rules! {
     a_frozen_entry_is_not_overwritten: FrozenOverwritten of tables is noticed by frozen::installs_back_off::<Arm>;
     a_frozen_entry_is_not_passed_by: ZapSkipsFrozen of tables is noticed by frozen::zaps_wait::<Arm>;
     a_split_is_followed: ZapMissesSplit of tables is noticed by frozen::zaps_follow_splits::<X86>;
+    a_change_is_an_exchange: ChangeBlindly of tables is noticed by
+        frozen::zaps_follow_splits::<X86>, frozen::zaps_keep_late_marks::<X86>;
     a_leaf_keeps_its_frame: ConflictOverwritten of tables is noticed by frozen::no_leaf_becomes_another::<X86>;
     a_large_page_is_verified_as_a_whole: LargeBeyondVerdict of tables is noticed by
         large::neighbours_are_verified::<X86>;

@@ -135,6 +135,7 @@ impl<const LEVELS: u8, const FEATURES: u8> Ept<LEVELS, FEATURES> {
     }
 
     /// See [`Format::decode`].
+    #[inline]
     pub const fn entry(raw: u64, level: Level) -> Entry {
         if raw & READ != 0 {
             return match (leaf_size(level), raw & LARGE != 0) {
@@ -161,6 +162,7 @@ impl<const LEVELS: u8, const FEATURES: u8> Ept<LEVELS, FEATURES> {
         }
     }
 
+    #[inline]
     const fn visible(raw: u64, size: PageSize, accessed: bool) -> Entry {
         let pfn = frame(raw);
         let memory = match (raw >> TYPE_SHIFT & 7, raw & IGNORE_PAT != 0) {

@@ -101,6 +101,7 @@ impl<const LEVELS: u8> Npt<LEVELS> {
     }
 
     /// See [`Format::decode`].
+    #[inline]
     pub const fn entry(raw: u64, level: Level) -> Entry {
         if raw & PRESENT == 0 {
             return match raw {
@@ -132,6 +133,7 @@ const fn frame(raw: u64) -> Pfn {
     Pfn::new((raw & FRAME) >> FRAME_SHIFT)
 }
 
+#[inline]
 const fn page(raw: u64, size: PageSize) -> Entry {
     let pfn = frame(raw);
     let memory = match (raw & CACHE_DISABLE != 0, raw & WRITE_THROUGH != 0) {

@@ -103,6 +103,7 @@ impl<const LEVELS: u8> Svx4<LEVELS> {
     }
 
     /// See [`Format::decode`].
+    #[inline]
     pub const fn entry(raw: u64, level: Level) -> Entry {
         if raw & VALID == 0 {
             return match raw {
@@ -126,6 +127,7 @@ const fn frame(raw: u64) -> Pfn {
     Pfn::new((raw & FRAME) >> FRAME_SHIFT)
 }
 
+#[inline]
 const fn page(raw: u64, size: PageSize) -> Entry {
     let pfn = frame(raw);
     let memory = match raw >> MEMORY_SHIFT & 0b11 {

@@ -5,7 +5,7 @@
 
 use afterimage_mmu::{Gfn, GfnRange, Level, Mapped, Pfn};
 
-use super::{NO_ROOT, Tables, block};
+use super::{NO_ROOT, Tables};
 use crate::format::{Entry, Format};
 use crate::memory::{ENTRIES, TableMemory};
 use crate::mutation::{self, Mutation};
@@ -39,6 +39,7 @@ impl<'t, F: Format, M: TableMemory> TableRef<'t, F, M> {
         Self { tables, entries, level }
     }
 
+    #[inline]
     pub(crate) fn level(self) -> Level {
         self.level
     }
@@ -53,7 +54,7 @@ impl<'t, F: Format, M: TableMemory> TableRef<'t, F, M> {
 
     /// The table that `raw` links, a word that was read from an entry of this one.
     #[inline]
-    pub(super) fn child(self, raw: u64) -> Option<Self> {
+    pub(crate) fn child(self, raw: u64) -> Option<Self> {
         let child = F::child(raw, self.level)?;
         let level = Level::new(self.level.number() - 1)?;
         Some(Self::new(self.tables, child, ENTRIES, level))
@@ -64,14 +65,14 @@ impl<'t, F: Format, M: TableMemory> TableRef<'t, F, M> {
         self.entries
     }
 
-    /// The first frame from `from` on whose entry says something, or `end`, which the table does not reach beyond.
-    #[inline]
-    pub(crate) fn first_said(self, from: Gfn, end: Gfn) -> Gfn {
-        let mut at = from;
-        while at < end && self.entry(at).load(Ordering::Acquire) == F::ABSENT {
-            at = at + self.level.frames();
-        }
-        at
+    /// The entries of the frames of `gfns`, from its first on, as far as the table reaches.
+    pub(crate) fn entries_of(self, gfns: GfnRange) -> &'t [AtomicU64] {
+        let frames = self.level.frames();
+        let first = gfns.start.as_u64() / frames;
+        let index = first as usize & (self.entries.len() - 1);
+        let count = gfns.end.as_u64().div_ceil(frames) - first;
+        let left = &self.entries[index..];
+        &left[..count.min(left.len() as u64) as usize]
     }
 
     /// Reads the entry of `gfn`.
@@ -80,12 +81,6 @@ impl<'t, F: Format, M: TableMemory> TableRef<'t, F, M> {
         let entry = self.entry(gfn);
         let raw = entry.load(mutation::unless(Mutation::WalkRelaxed, Ordering::Acquire));
         Place { entry, raw, level: self.level, child: self.child(raw) }
-    }
-
-    /// The frames that the table translates around `gfn`.
-    #[inline]
-    pub(crate) fn span(self, gfn: Gfn) -> GfnRange {
-        block(gfn, self.level.frames() * self.entries.len() as u64)
     }
 }
 

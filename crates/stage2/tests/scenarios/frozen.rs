@@ -1,9 +1,9 @@
 //! What others do while an entry is frozen. Only where break-before-make freezes one for long enough to look.
 
-use afterimage_mmu::{Gfn, GfnRange, Mapped, PageSize, Pfn};
+use afterimage_mmu::{Access, Gfn, GfnRange, Mapped, PageSize, Pfn};
 use afterimage_stage2::{
     Change, Entry, Execute, Format, HeapMemory, Leaf, MapError, MemoryType, Split, Step, TableCache, Tables,
-    Writable,
+    Translation, Writable,
 };
 
 const LARGE: Leaf = Leaf {
@@ -15,6 +15,8 @@ const LARGE: Leaf = Leaf {
     accessed: true,
 };
 const GFN: Gfn = Gfn::new(5);
+/// In the next block.
+const NEAR: Gfn = Gfn::new(0x205);
 
 fn page(pfn: u64) -> Leaf {
     Leaf { pfn: Pfn::new(pfn), size: PageSize::Size4K, ..LARGE }
@@ -80,6 +82,17 @@ pub(crate) fn zaps_follow_splits<F: Format>() {
     let Some(Step::Leaf(entry)) = leaves.next() else { panic!("it is mapped") };
     assert_eq!(entry.take_away(), Change::Did(page(0x205)));
     assert!(leaves.next().is_none());
+}
+
+/// A zap finds the marks that were set since it looked.
+pub(crate) fn zaps_keep_late_marks<F: Format>() {
+    let (tables, mut cache) = tables::<F>();
+    let clean = Leaf { writable: Writable::Clean, accessed: false, ..page(0x400) };
+    assert_eq!(tables.map(NEAR, clean, &mut cache), Ok(Mapped::Fixed));
+    let Some(Step::Leaf(entry)) = tables.leaves(GfnRange::frame(NEAR)).next() else { panic!("it is mapped") };
+    assert_eq!(tables.translate(NEAR, Access::WRITE), Translation::Frame(clean.pfn));
+    assert_eq!(entry.take_away(), Change::Did(page(0x400)));
+    assert_eq!(tables.walk(NEAR).entry, Entry::Absent);
 }
 
 /// A frame's translation changes only by way of nothing.
