@@ -108,6 +108,8 @@ pub struct ZapWalk<'m, S: SecondaryMmu> {
     blocking: Blocking,
     yielding: YieldPolicy,
     unflushed: Flush,
+    /// Frames whose translations went, and that the shared counter lacks: to add there costs as much as the zap of an entry.
+    uncounted: u64,
     retired: Retired<S>,
     reason: Reason,
 }
@@ -138,16 +140,16 @@ impl<'m, S: SecondaryMmu> ZapWalk<'m, S> {
             Blocking::Forbidden if mutation::active(Mutation::NonBlockableYields) => mmu.policy().yielding,
             Blocking::Forbidden => YieldPolicy::Never,
         };
-        let retired = Retired::none();
-        Self { mmu, guard, blocking, yielding, unflushed: Flush::NOTHING, retired, reason: Reason::Own }
+        let (unflushed, retired) = (Flush::NOTHING, Retired::none());
+        Self { mmu, guard, blocking, yielding, unflushed, uncounted: 0, retired, reason: Reason::Own }
     }
 
     /// The right to follow links, since the lock is held, and what the steps of the walk are reported to meanwhile.
     pub fn parts(&mut self) -> (Walking<'_>, Steps<'_, 'm, S>) {
-        let Self { mmu, guard, blocking, yielding, unflushed, retired, reason } = self;
+        let Self { mmu, guard, blocking, yielding, unflushed, uncounted, retired, reason } = self;
         let guard = &*guard;
-        let steps =
-            Steps { mmu, guard, blocking: *blocking, yielding: *yielding, unflushed, retired, reason };
+        let (blocking, yielding) = (*blocking, *yielding);
+        let steps = Steps { mmu, guard, blocking, yielding, unflushed, uncounted, retired, reason };
         (guard.walking(), steps)
     }
 
@@ -178,6 +180,7 @@ impl<'m, S: SecondaryMmu> ZapWalk<'m, S> {
                 Reason::Own => 0,
             };
         }
+        self.count();
         let started = S::Platform::now_ns();
         let (mmu, retired) = (self.mmu, mem::replace(&mut self.retired, Retired::none()));
         self.guard.bump_with(|| {
@@ -216,9 +219,17 @@ impl<'m, S: SecondaryMmu> ZapWalk<'m, S> {
         if !mutation::active(Mutation::BeginWithoutFlush) {
             self.parts().1.flush();
         }
+        self.count();
         let Self { mmu, guard, retired, .. } = self;
         drop(guard);
         free(mmu, retired);
+    }
+
+    fn count(&mut self) {
+        let frames = mem::take(&mut self.uncounted);
+        if frames > 0 {
+            self.mmu.counters.zapped_frames.fetch_add(frames, Ordering::Relaxed);
+        }
     }
 }
 
@@ -239,6 +250,7 @@ pub struct Steps<'w, 'm, S: SecondaryMmu> {
     blocking: Blocking,
     yielding: YieldPolicy,
     unflushed: &'w mut Flush,
+    uncounted: &'w mut u64,
     retired: &'w mut Retired<S>,
     reason: &'w mut Reason,
 }
@@ -251,21 +263,19 @@ impl<S: SecondaryMmu> fmt::Debug for Steps<'_, '_, S> {
 
 impl<S: SecondaryMmu> Steps<'_, '_, S> {
     /// One entry is dealt with: the frames `done`.
+    #[inline]
     pub fn step(&mut self, done: GfnRange, zapped: Zapped) -> Turn {
-        let counters = &self.mmu.counters;
         match zapped {
             Zapped::Nothing => {}
             Zapped::Unflushed(frames) => {
-                counters.zapped_frames.fetch_add(frames, Ordering::Relaxed);
-                self.owe(Flush::of(done));
+                *self.uncounted += frames;
+                self.unflushed.translations = self.unflushed.translations.hull(done);
             }
             Zapped::Flushed(frames) => {
-                counters.zapped_frames.fetch_add(frames, Ordering::Relaxed);
-                counters.flushes.fetch_add(1, Ordering::Relaxed);
+                *self.uncounted += frames;
+                self.mmu.counters.flushes.fetch_add(1, Ordering::Relaxed);
             }
-            Zapped::Unused(frames) => {
-                counters.zapped_frames.fetch_add(frames, Ordering::Relaxed);
-            }
+            Zapped::Unused(frames) => *self.uncounted += frames,
         }
         let is_full = self.retired.count == RETIRED;
         let wanted = if done.is_empty() { None } else { self.who_wants_a_break() };
@@ -278,6 +288,7 @@ impl<S: SecondaryMmu> Steps<'_, '_, S> {
         }
     }
 
+    #[inline]
     fn who_wants_a_break(&self) -> Option<Reason> {
         if self.yielding == YieldPolicy::OnContention && self.guard.is_contended() {
             self.mmu.counters.yields_to_waiters.fetch_add(1, Ordering::Relaxed);
@@ -289,11 +300,16 @@ impl<S: SecondaryMmu> Steps<'_, '_, S> {
 
     /// The guest wrote to frames of `gfns` through a translation that goes, or may be written no more. Where writes to the
     /// slot are logged, these are.
+    #[inline]
     pub fn written(&self, slot: &Memslot, gfns: GfnRange) {
+        if slot.flags.contains(SlotFlags::LOG_DIRTY) {
+            self.log(slot, gfns);
+        }
+    }
+
+    fn log(&self, slot: &Memslot, gfns: GfnRange) {
         // An active event, or the lock of memslot updates, keeps the set from going while a walk lasts.
-        if slot.flags.contains(SlotFlags::LOG_DIRTY)
-            && let Some(bitmap) = self.mmu.slot_set().log_of(slot)
-        {
+        if let Some(bitmap) = self.mmu.slot_set().log_of(slot) {
             dirty_log::set(bitmap, slot, gfns);
         }
     }

@@ -14,7 +14,7 @@ use afterimage_mmu::mutation as engine;
 use afterimage_stage2::mutation::{self, Mutation};
 use afterimage_stage2::{Npt, Vmsa};
 
-use scenarios::{dirty, frozen, large, nx, roots};
+use scenarios::{dirty, frozen, large, nx, roots, yields};
 
 type X86 = Npt<4>;
 /// Needs break-before-make.
@@ -82,6 +82,7 @@ rules! {
     a_recovery_leaves_logged_blocks: RecoverLogged of tables is noticed by nx::logged_blocks_stay::<X86>;
     a_recovery_flushes: BeginWithoutFlush of engine is noticed by nx::recovered::<X86>;
     a_protection_is_flushed: ProtectWithoutFlush of tables is noticed by dirty::rounds_flush::<X86>;
+    a_yield_flushes_first: YieldWithoutFlush of engine is noticed by yields::between_any_two_leaves::<X86>;
     a_zap_keeps_marks: ZapLosesDirty of tables is noticed by dirty::written_and_gone::<X86>;
     a_ring_is_reset_with_protection: RingResetUnprotected of engine is noticed by dirty::rings::<X86>;
     the_fast_path_is_logged: FastFaultUnlogged of engine is noticed by dirty::rounds::<X86>;

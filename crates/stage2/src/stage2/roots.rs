@@ -13,9 +13,9 @@ use alloc::vec::Vec;
 
 use afterimage_mmu::{Flush, RetiredTable, SlotSet, SpaceId, ZapWalk};
 
-use super::zap::{Faults, Of};
+use super::zap::{Faults, Of, take_away};
 use super::{Host, Stage2};
-use crate::format::{Format, Writable};
+use crate::format::Format;
 use crate::leaves::Change;
 use crate::mutation::{self, Mutation};
 use crate::tables::Tables;
@@ -59,14 +59,11 @@ impl<F: Format, H: Host> Stage2<F, H> {
     ) {
         for slot in slots.iter().filter(|slot| slot.space == space) {
             self.each_leaf(&Of::Replaced(&old), slot.gfns(), walk, |entry, steps| {
-                let before = entry.take_away();
-                if let Change::Did(leaf) = before {
-                    if leaf.writable == Writable::Dirty && !mutation::active(Mutation::ZapLosesDirty) {
-                        steps.written(slot, entry.gfns());
-                    }
-                    if leaf.accessed {
-                        self.host.note_used(space, entry.gfns());
-                    }
+                let before = take_away(slot, entry, steps);
+                if let Change::Did(leaf) = before
+                    && leaf.accessed
+                {
+                    self.host.note_used(space, entry.gfns());
                 }
                 before
             });

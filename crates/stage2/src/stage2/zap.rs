@@ -52,19 +52,22 @@ pub(super) enum Faults {
 
 impl<F: Format, H: Host> Stage2<F, H> {
     pub(super) fn zap_leaves(&self, slot: &Memslot, gfns: GfnRange, zap: Zap, walk: &mut ZapWalk<'_, Self>) {
-        self.each_leaf(&Of::Space(slot.space), gfns, walk, |entry, steps| {
-            let (kept, before) = zap_leaf(entry, zap);
-            let Change::Did(leaf) = before else { return before };
+        match zap {
+            Zap::Unmap => self
+                .each_leaf(&Of::Space(slot.space), gfns, walk, |entry, steps| take_away(slot, entry, steps)),
+            Zap::WriteProtect => self.each_leaf(&Of::Space(slot.space), gfns, walk, |entry, steps| {
+                if entry.gfns().len() > 1 {
+                    return take_away(slot, entry, steps);
+                }
+                let before = entry.write_protect(Writable::Never);
+                note_written(slot, entry, before, steps);
+                unless_unwritable(before)
+            }),
             // What is protected for the log is in it already.
-            let goes = zap != Zap::TrackDirty || !kept;
-            if goes && leaf.writable == Writable::Dirty && !mutation::active(Mutation::ZapLosesDirty) {
-                steps.written(slot, entry.gfns());
-            }
-            // What could not be written before is as no CPU can write it: that was flushed under the lock.
-            let nothing =
-                kept && (!leaf.writable.is_allowed() || mutation::active(Mutation::ProtectWithoutFlush));
-            if nothing { Change::Gone } else { before }
-        });
+            Zap::TrackDirty => self.each_leaf(&Of::Space(slot.space), gfns, walk, |entry, _| {
+                unless_unwritable(entry.write_protect(Writable::Protected))
+            }),
+        }
     }
 
     /// Takes the marks of past writes; each is `written`.
@@ -116,7 +119,7 @@ impl<F: Format, H: Host> Stage2<F, H> {
             let (done, zapped) = match step {
                 Step::Gap(gap) => (gap, Zapped::Nothing),
                 Step::Leaf(entry) => match change(&entry, &mut steps) {
-                    Change::Did(leaf) => (entry.gfns(), of.zapped(leaf.size.frames())),
+                    Change::Did(_) => (entry.gfns(), of.zapped(entry.gfns().len())),
                     Change::Gone => (entry.gfns(), Zapped::Nothing),
                     Change::LookAgain => {
                         crate::sync::spin();
@@ -204,17 +207,43 @@ impl<F: Format, H: Host> Stage2<F, H> {
     }
 }
 
-/// Zaps one leaf; whether it stays, write-protected, and what it said before.
-fn zap_leaf<F: Format>(entry: &LeafEntry<'_, F>, zap: Zap) -> (bool, Change) {
-    let is_large = entry.gfns().len() > 1;
-    let left = match zap {
-        Zap::Unmap => None,
-        Zap::WriteProtect => (!is_large).then_some(Writable::Never),
-        Zap::TrackDirty => Some(Writable::Protected),
-    };
-    match left {
-        None => (false, entry.take_away()),
-        Some(left) => (true, entry.write_protect(left)),
+/// Takes one leaf away, and notes whether it was written.
+#[inline]
+pub(super) fn take_away<F: Format, H: Host>(
+    slot: &Memslot,
+    entry: &LeafEntry<'_, F>,
+    steps: &Steps<'_, '_, Stage2<F, H>>,
+) -> Change {
+    let before = entry.take_away();
+    note_written(slot, entry, before, steps);
+    before
+}
+
+#[inline]
+fn note_written<F: Format, H: Host>(
+    slot: &Memslot,
+    entry: &LeafEntry<'_, F>,
+    before: Change,
+    steps: &Steps<'_, '_, Stage2<F, H>>,
+) {
+    if let Change::Did(leaf) = before
+        && leaf.writable == Writable::Dirty
+        && !mutation::active(Mutation::ZapLosesDirty)
+    {
+        steps.written(slot, entry.gfns());
+    }
+}
+
+/// What could not be written before is as no CPU can write it: that was flushed under the lock.
+#[inline]
+fn unless_unwritable(before: Change) -> Change {
+    match before {
+        Change::Did(leaf)
+            if !leaf.writable.is_allowed() || mutation::active(Mutation::ProtectWithoutFlush) =>
+        {
+            Change::Gone
+        }
+        other => other,
     }
 }
 

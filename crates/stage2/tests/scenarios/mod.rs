@@ -6,3 +6,4 @@ pub(crate) mod frozen;
 pub(crate) mod large;
 pub(crate) mod nx;
 pub(crate) mod roots;
+pub(crate) mod yields;

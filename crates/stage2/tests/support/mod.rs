@@ -1,6 +1,8 @@
 //! A machine in memory: pages that say whose they are, tables of any format over the heap, and TLBs that remember until they
 //! are told.
 
+pub(crate) mod platform;
+
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -9,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use afterimage_mmu::{
     Access, FRAME_BYTES, Fault, FaultInError, FaultOutcome, Found, Gfn, GfnRange, GuestMmu, Hva, HvaRange,
     Memslot, PageRef, PageSize, PageUse, Patience, Pfn, Policy, PrimaryMmu, Requests, Retry, RetryPoint,
-    SlotId, Snapshot, SpaceId, Spin, Vcpu, WitnessKind,
+    SlotId, Snapshot, SpaceId, Vcpu, WitnessKind,
 };
 use afterimage_stage2::{Entry, Format, HeapMemory, Host, LargePages, Leaf, Stage2, Tables, Translation};
 
@@ -120,7 +122,7 @@ pub(crate) struct Tests {
 
 impl Host for Tests {
     type Memory = HeapMemory;
-    type Platform = Spin;
+    type Platform = platform::Scheduled;
     type Page = Page;
 
     fn block(&self, _pfn: Pfn) -> PageSize {
