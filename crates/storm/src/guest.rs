@@ -138,6 +138,17 @@ impl<'m, 'r> Guest<'m, 'r> {
         }
     }
 
+    /// Has all that it touches mapped, before the storm, where nobody takes it away: then it never faults.
+    pub(crate) fn map_all(&mut self) {
+        let (Touch::Any(gfns) | Touch::Fresh(gfns)) = self.touch;
+        for gfn in gfns.start.as_u64()..gfns.end.as_u64() {
+            let fault = Fault::new(Gfn::new(gfn), Access::WRITE);
+            if let Err(error) = self.vcpu.handle_fault(&self.shared.ram, &fault) {
+                self.seen.failure = Some(error.to_string());
+            }
+        }
+    }
+
     /// Runs until the storm is over and nothing is pending, or something fails, or `abandoned`: then what is pending is
     /// left.
     pub(crate) fn run(mut self, over: &AtomicBool, abandoned: &AtomicBool) -> Seen {

@@ -168,7 +168,10 @@ impl Storm {
                     let (shared, start, over, abandoned) = (&shared, &start, &over, &abandoned);
                     scope.spawn(move || {
                         place(number);
-                        let guest = Guest::new(shared, number, *touch, seed);
+                        let mut guest = Guest::new(shared, number, *touch, seed);
+                        if load == Load::Busy {
+                            guest.map_all();
+                        }
                         start.wait();
                         guest.run(over, abandoned)
                     })

@@ -135,8 +135,10 @@ impl StormArgs {
                 storm.check()?
             }
             if !self.no_baseline {
-                storms
-                    .extend([Load::Uncontended, Load::Busy, Load::Quiet].map(|load| Storm { load, ..storm }));
+                // In virtual time each thread has a CPU of its own: no machine is fuller than another.
+                let busy = (!self.simulate).then_some(Load::Busy);
+                let baselines = [Some(Load::Uncontended), busy, Some(Load::Quiet)];
+                storms.extend(baselines.into_iter().flatten().map(|load| Storm { load, ..storm }));
             }
             storms.extend(policies.iter().map(|&policies| Storm { policies, ..storm }));
         }
