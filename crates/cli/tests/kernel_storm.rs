@@ -6,7 +6,7 @@ use std::fs;
 
 use afterimage_testing::skip;
 use afterimage_vm::{KvmProbe, probe};
-use command::{afterimage, alone, to_end};
+use command::{afterimage, alone, has_kvm, to_end};
 use serde_json::Value;
 
 /// Runs `storm --kernel` with these arguments, short; nothing without KVM.
@@ -113,4 +113,20 @@ fn the_kernels_policies_are_not_ours_to_choose() {
     let ended = to_end(afterimage().args(["storm", "--kernel", "--vcpus", "1000"]));
     assert_eq!(ended.code(), 2, "{ended:?}");
     assert!(ended.stderr.contains("1 to 64 vCPUs"), "{ended:?}");
+}
+
+/// What could not run at all has shown nothing.
+#[test]
+fn a_storm_that_cannot_run_is_no_success() {
+    let _alone = alone();
+    if !has_kvm("a_storm_that_cannot_run_is_no_success") {
+        return;
+    }
+    let mut shell = std::process::Command::new("sh");
+    shell.args(["-c", "ulimit -n 5; exec \"$0\" storm --kernel --scenario E --duration 20ms --repeat 1"]);
+    let ended = to_end(shell.arg(env!("CARGO_BIN_EXE_afterimage")));
+    assert_eq!(ended.code(), 2, "{ended:?}");
+    let said = ended.stderr.lines().last().expect("a reason");
+    assert!(said.starts_with("afterimage: no storm was run: E "), "{said}");
+    assert!(said.contains("Too many open files") && said.contains("ulimit -n"), "{said}");
 }

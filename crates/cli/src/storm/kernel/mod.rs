@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use afterimage_storm::{Cell, Engine, Load, Measured, Policies, Scenario, Storm};
 use afterimage_vm::{KvmFacts, KvmProbe, MAX_VCPUS, probe};
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 
 pub(crate) use self::beside::beside;
 use self::blow::KernelStorm;
@@ -125,9 +125,14 @@ pub(crate) fn run(plan: &KernelPlan) -> Result<ExitCode> {
     }
     bar.finish_and_clear();
     let is_taken = json.as_ref().is_some_and(Output::is_standard);
+    let ran = match (&cells[..], &left_out[..]) {
+        ([], [first, ..]) => Err(anyhow!("no storm was run: {first}")),
+        _ => Ok(()),
+    };
     let kept = [
         json.map_or(Ok(()), |json| json.write_json(&cells)),
         Output::show(&KernelTable { cells: &cells, left_out: &left_out }.to_string(), is_taken),
+        ran,
     ];
     Ok(ended(cells.iter().all(|cell| cell.cell.is_good()), kept))
 }
