@@ -41,7 +41,7 @@ impl SecondaryMmu for Table {
         Ok(Mapped::Fixed)
     }
 
-    fn poison(&self, _fresh: Fresh<'_>, _slot: &Memslot) -> Result<Mapped, &'static str> {
+    fn poison(&self, _fresh: Fresh<'_>, _slot: &Memslot, _gfn: Gfn) -> Result<Mapped, &'static str> {
         Err("no page is lost here")
     }
 

@@ -7,19 +7,19 @@ use core::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Mutex;
 
 use afterimage_mmu::{
-    Access, Blocking, FRAME_BYTES, Fault, FaultOutcome, Gfn, GfnRange, HvaRange, MmuLock, Zap,
+    Access, Block, Blocking, FRAME_BYTES, Fault, FaultOutcome, Gfn, HvaRange, MmuLock, Zap,
 };
 use criterion::{Criterion, criterion_group, criterion_main};
 
 use host::{AllResident, BASE, Bare, FRAMES, machine};
 
-const FRAME: GfnRange = GfnRange::frame(Gfn::new(7));
+const FRAME: Block = Block::frame(Gfn::new(7));
 
 fn checks(c: &mut Criterion) {
     let mut group = c.benchmark_group("check");
     let lock = MmuLock::<Bare>::new();
     let words = lock.invalidations();
-    let since = words.snapshot();
+    let since = words.snapshot(FRAME);
     let (count, sequence) = (AtomicU64::new(0), AtomicU64::new(0));
     group.bench_function("two loads (baseline)", |b| {
         b.iter(|| {
@@ -27,7 +27,7 @@ fn checks(c: &mut Criterion) {
                 || black_box(&sequence).load(Ordering::Relaxed) != black_box(0)
         });
     });
-    group.bench_function("hint", |b| b.iter(|| black_box(words).hint(black_box(since), black_box(FRAME))));
+    group.bench_function("hint", |b| b.iter(|| black_box(words).hint(black_box(since))));
     let mutex = Mutex::new((0u64, 0u64));
     group.bench_function("mutex and two loads (baseline)", |b| {
         b.iter(|| {
@@ -37,10 +37,10 @@ fn checks(c: &mut Criterion) {
     });
     group.bench_function("snapshot, hint, verify under the lock", |b| {
         b.iter(|| {
-            let since = black_box(words).snapshot();
-            let doomed = words.hint(since, black_box(FRAME)).is_some();
+            let since = black_box(words).snapshot(black_box(FRAME));
+            let doomed = words.hint(since).is_some();
             let witness = lock.read();
-            let fresh = words.verify(&witness, since, black_box(FRAME)).is_ok();
+            let fresh = words.verify(&witness, since).is_ok();
             doomed || !fresh
         });
     });

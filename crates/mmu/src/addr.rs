@@ -295,6 +295,9 @@ range!(
 );
 
 impl GfnRange {
+    /// Every frame that there can be.
+    pub const ALL: Self = Self { start: Gfn(0), end: Gfn(u64::MAX) };
+
     /// The one frame `gfn`.
     #[inline]
     pub const fn frame(gfn: Gfn) -> Self {

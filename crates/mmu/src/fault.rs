@@ -32,6 +32,7 @@
 //! `kvm_tdp_mmu_map`.
 
 use crate::addr::GfnRange;
+use crate::block::Block;
 use crate::dirty_ring::{DirtyFrame, DirtyRing};
 use crate::guest_mmu::{GuestMmu, Precheck, WitnessKind};
 use crate::host::{
@@ -77,14 +78,19 @@ enum Held<'a, P: Platform> {
 impl<P: Platform> sealed::Sealed for Held<'_, P> {}
 
 impl<P: Platform> Witness for Held<'_, P> {
-    // Of the two, what holds for both.
-    const HOLDS_LOCK: bool = false;
-
     #[inline]
     fn invalidations(&self) -> &Invalidations {
         match self {
             Self::Lock(guard) => guard.invalidations(),
             Self::Intent(intent) => intent.invalidations(),
+        }
+    }
+
+    #[inline]
+    fn protects(&self, block: Block) -> bool {
+        match self {
+            Self::Lock(guard) => guard.protects(block),
+            Self::Intent(intent) => intent.protects(block),
         }
     }
 }
@@ -162,11 +168,11 @@ impl<'a, S: SecondaryMmu> Path<'a, S> {
             return Err(FaultError::NoMemory(gfn));
         }
 
-        let block = slot.map_or(GfnRange::frame(gfn), |slot| secondary.block(slot, gfn));
+        let block = slot.map_or(Block::frame(gfn), |slot| secondary.block(slot, gfn));
         if self.is_starved {
             self.shared.claim.claim(block);
         }
-        let since = mmu.invalidations().snapshot_of(block);
+        let since = mmu.invalidations().snapshot(block);
         if primary.privacy(gfn) != fault.privacy {
             return Err(FaultError::WrongPrivacy { gfn, accessed: fault.privacy });
         }
@@ -179,8 +185,8 @@ impl<'a, S: SecondaryMmu> Path<'a, S> {
                 FaultKind::Demand => Ok(retry(RetryPoint::SlotChanging, GfnRange::frame(gfn))),
             };
         }
-        if self.looks_doomed(Precheck::BEFORE_FAULT_IN, since, block) {
-            return Ok(retry(RetryPoint::BeforeFaultIn, block));
+        if self.looks_doomed(Precheck::BEFORE_FAULT_IN, since) {
+            return Ok(retry(RetryPoint::BeforeFaultIn, block.range()));
         }
         if fault.is_write() && slot.flags.contains(SlotFlags::READ_ONLY) {
             return Ok(FaultOutcome::Emulate(Emulate::ReadOnly));
@@ -194,23 +200,23 @@ impl<'a, S: SecondaryMmu> Path<'a, S> {
             Err(FaultInError::ReadOnly) => return Ok(FaultOutcome::Emulate(Emulate::ReadOnly)),
             Err(FaultInError::NoMemory) => return Err(FaultError::NoMemory(gfn)),
             Err(FaultInError::Failed(cause)) => return Err(FaultError::NoPage { gfn, cause }),
-            Err(FaultInError::Poisoned(cause)) => return self.poison::<M>(slot, since, block, cause),
+            Err(FaultInError::Poisoned(cause)) => return self.poison::<M>(slot, since, cause),
         };
         let since = if mutation::active(Mutation::SnapshotAfterFaultIn) {
-            mmu.invalidations().snapshot_of(block)
+            mmu.invalidations().snapshot(block)
         } else {
             since
         };
-        if self.looks_doomed(Precheck::AFTER_FAULT_IN, since, block) {
+        if self.looks_doomed(Precheck::AFTER_FAULT_IN, since) {
             self.shared.counters.fault_in_wasted();
             if mutation::active(Mutation::LeakPageAfterFaultIn) {
                 core::mem::forget(page);
             }
-            return Ok(retry(RetryPoint::AfterFaultIn, block));
+            return Ok(retry(RetryPoint::AfterFaultIn, block.range()));
         }
 
         let install = Install::<S> { page, witness: self.witness(block) };
-        self.install::<M>(install, slots, slot, since, block, cache)
+        self.install::<M>(install, slots, slot, since, cache)
     }
 
     fn is_logged(&self, slot: &Memslot) -> bool {
@@ -233,10 +239,11 @@ impl<'a, S: SecondaryMmu> Path<'a, S> {
         }
     }
 
-    fn looks_doomed(&self, check: Precheck, since: Snapshot, block: GfnRange) -> bool {
+    #[inline]
+    fn looks_doomed(&self, check: Precheck, since: Snapshot) -> bool {
         self.mmu.policy.precheck.contains(check)
             && !mutation::active(Mutation::InvertedSlotTest)
-            && self.mmu.hint(since, block).is_some()
+            && self.mmu.hint(since).is_some()
     }
 
     /// First without waiting; if the page needs I/O, once more with patience.
@@ -264,13 +271,15 @@ impl<'a, S: SecondaryMmu> Path<'a, S> {
     }
 
     /// What the verdict on `block` will rest on.
-    fn witness(&self, block: GfnRange) -> Held<'a, S::Platform> {
+    #[inline]
+    fn witness(&self, block: Block) -> Held<'a, S::Platform> {
         match self.mmu.policy.witness {
             WitnessKind::Lock => Held::Lock(self.read_lock()),
             WitnessKind::Intent => Held::Intent(self.mmu.announce(self.shared, block)),
         }
     }
 
+    #[inline]
     fn read_lock(&self) -> MmuReadGuard<'a, S::Platform> {
         let mmu = self.mmu;
         if let Some(guard) = mmu.lock.try_read() {
@@ -282,27 +291,27 @@ impl<'a, S: SecondaryMmu> Path<'a, S> {
         guard
     }
 
+    #[inline]
     fn install<M>(
         &self,
         mut install: Install<'a, S>,
         slots: &SlotSet,
         slot: &Memslot,
         since: Snapshot,
-        block: GfnRange,
         cache: &mut S::Cache,
     ) -> FaultResult<S, M>
     where
         M: PrimaryMmu<Page = S::Page>,
     {
-        let secondary = self.mmu.secondary();
+        let (secondary, block) = (self.mmu.secondary(), since.block());
         self.still_there::<M>()?;
         if secondary.is_root_stale(cache) {
             self.shared.counters.fault_in_wasted();
-            return Ok(retry(RetryPoint::UnderLock, block));
+            return Ok(retry(RetryPoint::UnderLock, block.range()));
         }
-        let Ok(fresh) = self.mmu.invalidations().verify(&install.witness, since, block) else {
+        let Ok(fresh) = self.mmu.invalidations().verify(&install.witness, since) else {
             self.shared.counters.fault_in_wasted();
-            return Ok(retry(RetryPoint::UnderLock, block));
+            return Ok(retry(RetryPoint::UnderLock, block.range()));
         };
         let writable = install.page.page().is_writable() && !slot.flags.contains(SlotFlags::READ_ONLY);
         let mapped = secondary.map(fresh, slot, self.fault, install.page.page(), cache);
@@ -322,14 +331,14 @@ impl<'a, S: SecondaryMmu> Path<'a, S> {
             }
             Ok(Mapped::LostRace) => {
                 self.shared.counters.fault_in_wasted();
-                Ok(retry(RetryPoint::LostRace, block))
+                Ok(retry(RetryPoint::LostRace, block.range()))
             }
             Ok(Mapped::LargerLeaf) => {
                 // Page and witness go first: who splits waits for the lock, and for every vCPU in the guest.
                 drop(install);
                 self.shared.counters.fault_in_wasted();
                 match self.mmu.split_around(slot, self.fault.gfn, cache) {
-                    Ok(()) => Ok(retry(RetryPoint::LostRace, block)),
+                    Ok(()) => Ok(retry(RetryPoint::LostRace, block.range())),
                     Err(cause) => Err(FaultError::CannotMap { gfn: self.fault.gfn, cause }),
                 }
             }
@@ -349,28 +358,22 @@ impl<'a, S: SecondaryMmu> Path<'a, S> {
     }
 
     /// The page's content is lost. Poison is an install like any other, and checked like any other.
-    fn poison<M>(
-        &self,
-        slot: &Memslot,
-        since: Snapshot,
-        block: GfnRange,
-        cause: M::Error,
-    ) -> FaultResult<S, M>
+    fn poison<M>(&self, slot: &Memslot, since: Snapshot, cause: M::Error) -> FaultResult<S, M>
     where
         M: PrimaryMmu<Page = S::Page>,
     {
-        let gfn = self.fault.gfn;
+        let (gfn, block) = (self.fault.gfn, since.block());
         let witness = self.witness(block);
         self.still_there::<M>()?;
-        let Ok(fresh) = self.mmu.invalidations().verify(&witness, since, block) else {
-            return Ok(retry(RetryPoint::UnderLock, block));
+        let Ok(fresh) = self.mmu.invalidations().verify(&witness, since) else {
+            return Ok(retry(RetryPoint::UnderLock, block.range()));
         };
-        match self.mmu.secondary().poison(fresh, slot) {
+        match self.mmu.secondary().poison(fresh, slot, gfn) {
             Ok(Mapped::Fixed | Mapped::Spurious) => {
                 self.shared.counters.poison_installed();
                 Err(FaultError::Poisoned { gfn, cause })
             }
-            Ok(Mapped::LostRace | Mapped::LargerLeaf) => Ok(retry(RetryPoint::LostRace, block)),
+            Ok(Mapped::LostRace | Mapped::LargerLeaf) => Ok(retry(RetryPoint::LostRace, block.range())),
             Err(cause) => Err(FaultError::CannotMap { gfn, cause }),
         }
     }
@@ -384,11 +387,11 @@ impl<'a, S: SecondaryMmu> Path<'a, S> {
             return Err(FaultError::WrongPrivacy { gfn, accessed: Privacy::Private });
         }
         let frame = GfnRange::frame(gfn);
-        if mutation::active(Mutation::InvertedSlotTest) && self.mmu.hint(since, frame).is_some() {
+        if mutation::active(Mutation::InvertedSlotTest) && self.mmu.hint(since).is_some() {
             return Ok(retry(RetryPoint::BeforeFaultIn, frame));
         }
         if let Some(generation) = slots.generation() {
-            let witness = self.witness(frame);
+            let witness = self.witness(Block::frame(gfn));
             let space = self.fault.space;
             self.mmu.secondary().cache_mmio(space, gfn, generation, cache, witness.walking());
         }

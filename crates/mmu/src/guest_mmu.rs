@@ -7,6 +7,7 @@ use core::fmt;
 
 use crate::active::ActiveEvents;
 use crate::addr::{Gfn, GfnRange};
+use crate::block::Block;
 use crate::dirty_ring::DirtyRing;
 use crate::host::{Blocking, SecondaryMmu};
 use crate::intent::Barrier;
@@ -167,8 +168,8 @@ impl<S: SecondaryMmu> GuestMmu<S> {
 
     /// Whether the fault looks doomed, without the lock.
     #[inline]
-    pub fn hint(&self, since: Snapshot, range: GfnRange) -> Option<Stale> {
-        self.lock.invalidations().hint(since, range)
+    pub fn hint(&self, since: Snapshot) -> Option<Stale> {
+        self.lock.invalidations().hint(since)
     }
 
     /// Faults so far, all vCPUs together, gone ones too.
@@ -196,15 +197,14 @@ impl<S: SecondaryMmu> GuestMmu<S> {
     ///
     /// Costs no CPU, and no lock: an invalidation that is ending is either seen here as over, or sees the waiter.
     pub fn wait(&self, range: GfnRange) {
-        let since = self.lock.invalidations().snapshot_of(range);
+        let since = self.lock.invalidations().snapshot(Block::around(range));
         loop {
             let marked = if mutation::active(Mutation::WaitWithoutMark) {
                 self.ended.load(Ordering::Acquire)
             } else {
                 self.ended.fetch_or(WAITERS, Ordering::AcqRel) | WAITERS
             };
-            let comes_back =
-                self.policy.turns.is_some() && self.lock.invalidations().snapshot_of(range) != since;
+            let comes_back = self.policy.turns.is_some() && self.lock.invalidations().has_moved(since);
             if comes_back || !self.lock.invalidations().covers(range) {
                 return;
             }
@@ -256,7 +256,7 @@ impl<S: SecondaryMmu> GuestMmu<S> {
     /// A fault looks again with its witness in its hand: it installs before the zap, which waits for it, or sees the release.
     pub fn release(&self) {
         self.released.store(1, Ordering::Release);
-        self.vcpus.drain(|_| true);
+        self.vcpus.drain(GfnRange::ALL, |_| true);
         let _update = self.updates.write();
         let set = self.slot_set();
         for slot in set.iter() {
@@ -351,7 +351,7 @@ mod published {
         /// Enters a read section on `word`, which belongs to a vCPU of this virtual machine.
         #[inline]
         pub(crate) fn enter<'a>(&'a self, word: &'a ReaderWord, number: u32) -> Section<'a, S> {
-            word.enter(number, self.vcpus.barriers().announce);
+            word.enter(number);
             // SAFETY: (1) the pointer came from `Box::into_raw`; (2) it is freed only after `wait_for_readers`,
             // which waits for this section if it was entered before the pointer was swapped out.
             let set = unsafe { &*self.slots.load(Ordering::Acquire) };

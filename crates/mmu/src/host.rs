@@ -4,6 +4,7 @@ use core::fmt;
 use core::num::NonZeroU32;
 
 use crate::addr::{Gfn, GfnRange, HvaRange, PageSize, Pfn};
+use crate::block::Block;
 use crate::flush::Flush;
 use crate::intent::{Walker, Walking};
 use crate::invalidation::{Fresh, MachineId, Snapshot};
@@ -268,10 +269,9 @@ pub trait SecondaryMmu: Sized + Send + Sync {
     fn attach(&mut self, _machine: MachineId) {}
 
     /// The frames that an install for `gfn` covers: a whole huge page, or just the frame. Faults are checked
-    /// against invalidations of any of them. Must lie in the slot, and be told from the slot alone: it is asked
-    /// before the sequence is sampled.
-    fn block(&self, _slot: &Memslot, gfn: Gfn) -> GfnRange {
-        GfnRange::frame(gfn)
+    /// against invalidations of any of them. Must be told from the slot alone: it is asked before the sequence is sampled.
+    fn block(&self, _slot: &Memslot, gfn: Gfn) -> Block {
+        Block::frame(gfn)
     }
 
     /// Whether writes to `gfn` are tracked and so never mapped (shadowed tables).
@@ -300,7 +300,7 @@ pub trait SecondaryMmu: Sized + Send + Sync {
         false
     }
 
-    /// Installs the translation of `fresh.range()` to `page`, for `fault`.
+    /// Installs the translation to `page` for `fault`: of frames in `fresh.range()` and in the slot, no others.
     fn map(
         &self,
         fresh: Fresh<'_>,
@@ -310,8 +310,8 @@ pub trait SecondaryMmu: Sized + Send + Sync {
         cache: &mut Self::Cache,
     ) -> Result<Mapped, Self::Error>;
 
-    /// Installs poison: the next access of the frames ends in a memory error.
-    fn poison(&self, fresh: Fresh<'_>, slot: &Memslot) -> Result<Mapped, Self::Error>;
+    /// Installs poison for the page around `gfn`, likewise: the next access ends in a memory error.
+    fn poison(&self, fresh: Fresh<'_>, slot: &Memslot, gfn: Gfn) -> Result<Mapped, Self::Error>;
 
     /// Removes (or write-protects) every translation of `gfns` of `slot`, entry by entry, reporting to `walk`.
     fn zap(&self, slot: &Memslot, gfns: GfnRange, zap: Zap, walk: &mut ZapWalk<'_, Self>);

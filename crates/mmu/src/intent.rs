@@ -2,7 +2,8 @@
 //!
 //! # States
 //!
-//! Each vCPU owns one word on cache lines of its own.
+//! Each vCPU owns words on cache lines of their own: one for walks, one for blocks that span regions of guest memory, and some
+//! for blocks of one region. So an invalidation takes no line that a fault elsewhere writes.
 //!
 //! ```text
 //! quiet ──announce the block that will be installed──► intent ──clear──► quiet
@@ -44,14 +45,16 @@
 use core::fmt;
 use core::marker::PhantomData;
 
-use crate::addr::{Gfn, GfnRange};
+use crate::addr::GfnRange;
+use crate::block::Block;
 use crate::guest_mmu::GuestMmu;
 use crate::host::SecondaryMmu;
 use crate::invalidation::{Invalidations, MachineId};
 use crate::mmu_lock::{Witness, sealed};
 use crate::mutation::{self, Mutation};
 use crate::platform::Platform;
-use crate::sync::{AtomicU64, Ordering, ParkWord, compiler_fence, fence};
+use crate::regions;
+use crate::sync::{AtomicU64, CachePadded, Ordering, ParkWord, compiler_fence, fence};
 use crate::vcpu_words::VcpuShared;
 
 /// How an announcement is ordered before the look that follows it.
@@ -68,9 +71,9 @@ impl Barrier {
     /// The vCPU's side.
     #[inline]
     pub(crate) fn light(self) {
-        match self {
-            Self::Symmetric => fence(Ordering::SeqCst),
-            Self::Heavy => compiler_fence(Ordering::SeqCst),
+        compiler_fence(Ordering::SeqCst);
+        if self == Self::Symmetric {
+            fence(Ordering::SeqCst);
         }
     }
 
@@ -100,48 +103,24 @@ impl Barriers {
     }
 }
 
-/// Bits of a word, from below: active, order of the block, first frame, generation.
+/// Bits of a word, from below: active, the block, generation.
 pub(crate) const ACTIVE: u64 = 1;
-const ORDER_SHIFT: u32 = 1;
-const ORDER_BITS: u32 = 6;
-const GFN_SHIFT: u32 = ORDER_SHIFT + ORDER_BITS;
-/// Frames that 57-bit guest-physical addresses reach.
-const GFN_BITS: u32 = 45;
-const GENERATION_SHIFT: u32 = GFN_SHIFT + GFN_BITS;
+pub(crate) const BLOCK_SHIFT: u32 = 1;
+const GENERATION_SHIFT: u32 = BLOCK_SHIFT + Block::BITS;
 pub(crate) const GENERATION: u64 = u64::MAX << GENERATION_SHIFT;
 pub(crate) const ONE_GENERATION: u64 = 1 << GENERATION_SHIFT;
-/// The order of a block with every frame in it.
-const EVERYTHING: u64 = GFN_BITS as u64;
-/// The order of an announcement that names no frame: a walk.
-const NOTHING: u64 = (1 << ORDER_BITS) - 1;
-
-/// The smallest naturally aligned block of two to the power of `order` frames around `range`.
-#[inline]
-pub(crate) fn encode(range: GfnRange) -> u64 {
-    let first = range.start.as_u64();
-    if range.end.as_u64().wrapping_sub(first) == 1 && first >> GFN_BITS == 0 {
-        return first << GFN_SHIFT;
-    }
-    let last = range.end.as_u64().saturating_sub(1).max(first);
-    let order = u64::from(u64::BITS - (first ^ last).leading_zeros());
-    if last >> GFN_BITS != 0 {
-        return EVERYTHING << ORDER_SHIFT;
-    }
-    (first >> order << order) << GFN_SHIFT | order << ORDER_SHIFT
-}
+/// In the place of a block: an announcement that names no frame, a walk.
+const NOTHING: u64 = (1 << Block::BITS) - 1;
 
 /// Whether an announcement that is made names a frame that `covers` says yes to.
 pub(crate) fn names(word: u64, covers: impl FnOnce(GfnRange) -> bool) -> bool {
-    let first = word >> GFN_SHIFT & ((1 << GFN_BITS) - 1);
-    match word >> ORDER_SHIFT & ((1 << ORDER_BITS) - 1) {
+    match word >> BLOCK_SHIFT & NOTHING {
         NOTHING => false,
-        // Frames beyond the word's reach are announced so, too.
-        EVERYTHING => covers(GfnRange::new(Gfn::new(0), Gfn::new(u64::MAX))),
-        order => covers(GfnRange::new(Gfn::new(first), Gfn::new(first + (1 << order)))),
+        bits => covers(Block::from_bits(bits).range()),
     }
 }
 
-/// The word of one vCPU, and where those park who wait for it to change.
+/// One word of a vCPU, and where those park who wait for it to change.
 #[derive(Debug)]
 pub(crate) struct IntentWord {
     word: AtomicU64,
@@ -166,6 +145,7 @@ impl IntentWord {
         next
     }
 
+    /// Announces a block's bits, or [`NOTHING`].
     #[inline]
     fn announce(&self, what: u64) {
         debug_assert_eq!(
@@ -175,7 +155,7 @@ impl IntentWord {
         );
         // Release: who waits for the last announcement may find this one. What was done then comes before all the same.
         let ordering = mutation::unless(Mutation::AnnounceRelaxed, Ordering::Release);
-        self.word.store(self.next_generation() | what | ACTIVE, ordering);
+        self.word.store(self.next_generation() | what << BLOCK_SHIFT | ACTIVE, ordering);
         if !mutation::active(Mutation::AnnounceWithoutFence) {
             self.barriers.announce.light();
         }
@@ -233,6 +213,71 @@ impl IntentWord {
     }
 }
 
+/// Words for blocks of one region, each for every so-manieth region.
+#[cfg(not(loom))]
+const REGIONS: usize = 16;
+/// Few under loom.
+#[cfg(loom)]
+const REGIONS: usize = 2;
+
+/// Index of the word for blocks that span regions.
+const SPANNING: usize = REGIONS;
+/// Index of the word for walks.
+const WALKS: usize = REGIONS + 1;
+
+/// All words of one vCPU. It announces one thing at a time: at most one of them is not quiet.
+#[derive(Debug)]
+pub(crate) struct IntentWords([CachePadded<IntentWord>; 2 + REGIONS]);
+
+/// An announcement that was found.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Announced {
+    word: usize,
+    said: u64,
+}
+
+impl IntentWords {
+    pub(crate) fn new(barriers: Barriers) -> Self {
+        Self(core::array::from_fn(|_| CachePadded(IntentWord::new(barriers))))
+    }
+
+    /// The word to announce `block` in.
+    #[inline]
+    pub(crate) fn of(&self, block: Block) -> &IntentWord {
+        &self.0[regions::word_of(block, REGIONS, regions::TOO_LARGE)]
+    }
+
+    /// The word to announce a walk in.
+    #[inline]
+    pub(crate) fn of_walks(&self) -> &IntentWord {
+        &self.0[WALKS]
+    }
+
+    /// What is announced of the frames in `frames` that `covers` says yes to.
+    ///
+    /// One answer is enough: what was announced before it is done, and seen to be done; what is announced later is announced behind
+    /// the caller's barrier.
+    pub(crate) fn named(&self, frames: GfnRange, covers: impl Fn(GfnRange) -> bool) -> Option<Announced> {
+        let touched = regions::words_of(frames, REGIONS);
+        let forgotten = usize::from(mutation::active(Mutation::DrainForgetsLastRegion));
+        let touched = touched.clone().take(touched.count() - forgotten);
+        core::iter::once(SPANNING)
+            .chain(touched)
+            .skip(usize::from(mutation::active(Mutation::DrainForgetsSpanning)))
+            .find_map(|word| Some(Announced { word, said: self.0[word].named(&covers)? }))
+    }
+
+    /// Whatever is announced. One answer is enough, as above.
+    pub(crate) fn announced(&self) -> Option<Announced> {
+        (0..self.0.len()).find_map(|word| Some(Announced { word, said: self.0[word].announced()? }))
+    }
+
+    /// Waits until it is announced no more.
+    pub(crate) fn wait_out<P: Platform>(&self, announced: Announced) {
+        self.0[announced.word].wait_out::<P>(announced.said);
+    }
+}
+
 /// Whether an announcement had to be waited for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Waited {
@@ -246,6 +291,7 @@ pub(crate) enum Waited {
 #[must_use = "an announcement that is dropped at once announces nothing"]
 pub struct Intent<'v, P: Platform> {
     word: &'v IntentWord,
+    block: Block,
     invalidations: &'v Invalidations,
     platform: PhantomData<fn() -> P>,
 }
@@ -258,9 +304,9 @@ impl<P: Platform> fmt::Debug for Intent<'_, P> {
 
 impl<'v, P: Platform> Intent<'v, P> {
     #[inline]
-    pub(crate) fn announce(word: &'v IntentWord, invalidations: &'v Invalidations, block: GfnRange) -> Self {
-        word.announce(encode(block));
-        Self { word, invalidations, platform: PhantomData }
+    pub(crate) fn announce(word: &'v IntentWord, invalidations: &'v Invalidations, block: Block) -> Self {
+        word.announce(block.bits());
+        Self { word, block, invalidations, platform: PhantomData }
     }
 }
 
@@ -275,24 +321,27 @@ impl<P: Platform> Drop for Intent<'_, P> {
 impl<P: Platform> sealed::Sealed for Intent<'_, P> {}
 
 impl<P: Platform> Witness for Intent<'_, P> {
-    const HOLDS_LOCK: bool = false;
-
     #[inline]
     fn invalidations(&self) -> &Invalidations {
         self.invalidations
+    }
+
+    #[inline]
+    fn protects(&self, block: Block) -> bool {
+        self.block == block
     }
 }
 
 impl<S: SecondaryMmu> GuestMmu<S> {
     /// A vCPU announces that it will install `block`.
     #[inline]
-    pub(crate) fn announce<'a>(&'a self, vcpu: &'a VcpuShared, block: GfnRange) -> Intent<'a, S::Platform> {
-        Intent::announce(&vcpu.intent, self.invalidations(), block)
+    pub(crate) fn announce<'a>(&'a self, vcpu: &'a VcpuShared, block: Block) -> Intent<'a, S::Platform> {
+        Intent::announce(vcpu.intents.of(block), self.invalidations(), block)
     }
 
     /// The right of a vCPU to walk tables.
     pub(crate) fn walker<'a>(&'a self, vcpu: &'a VcpuShared) -> Walker<'a, S::Platform> {
-        Walker::new(&vcpu.intent, self.invalidations().machine())
+        Walker::new(vcpu.intents.of_walks(), self.invalidations().machine())
     }
 }
 
@@ -312,7 +361,7 @@ impl<'v, P: Platform> Walker<'v, P> {
     /// Starts a walk: until the section is dropped no table is freed that could be reached in it.
     #[inline]
     pub fn walk(&mut self) -> WalkSection<'_, P> {
-        self.word.announce(NOTHING << ORDER_SHIFT);
+        self.word.announce(NOTHING);
         WalkSection { walker: self }
     }
 }
@@ -365,47 +414,28 @@ impl Walking<'_> {
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
-
-    fn frames(start: u64, end: u64) -> GfnRange {
-        GfnRange::new(Gfn::new(start), Gfn::new(end))
-    }
-
-    fn named(range: GfnRange) -> Option<GfnRange> {
-        let mut said = None;
-        let _ = names(encode(range) | ACTIVE, |block| {
-            said = Some(block);
-            true
-        });
-        said
-    }
+    use crate::addr::{Gfn, PageSize};
 
     #[test]
-    fn blocks_are_named_exactly_and_other_ranges_by_the_block_around_them() {
-        for (range, block) in [
-            (frames(5, 6), frames(5, 6)),
-            (frames(512, 1024), frames(512, 1024)),
-            (frames(1 << 18, 2 << 18), frames(1 << 18, 2 << 18)),
-            (frames(3, 5), frames(0, 8)),
-            (frames((1 << 45) - 1, 1 << 45), frames((1 << 45) - 1, 1 << 45)),
-            (frames(7, 7), frames(7, 8)),
-        ] {
-            assert_eq!(named(range), Some(block), "{range}");
+    fn an_announcement_names_its_block() {
+        for block in [Block::frame(Gfn::new(7)), Block::of(Gfn::new(1 << 44), PageSize::Size1G), Block::ALL] {
+            let word = IntentWord::new(Barriers::of::<crate::Spin>(Barrier::Symmetric));
+            for _ in 0..2 {
+                word.announce(block.bits());
+                let mut said = None;
+                assert!(word.named(|frames| said.replace(frames).is_none()).is_some());
+                assert_eq!(said, Some(block.range()));
+                word.clear::<crate::Spin>();
+            }
         }
     }
 
     #[test]
-    fn frames_out_of_the_words_reach_are_covered_by_any_range() {
-        let everything = frames(0, u64::MAX);
-        assert_eq!(named(frames(1 << 45, (1 << 45) + 1)), Some(everything));
-        assert_eq!(named(frames(0, 1 << 45)), Some(everything));
-    }
-
-    #[test]
     fn a_walk_names_no_frame_and_a_quiet_word_nothing() {
-        assert!(!names(NOTHING << ORDER_SHIFT | ACTIVE, |_| true));
+        assert!(!names(NOTHING << BLOCK_SHIFT | ACTIVE, |_| true));
         let word = IntentWord::new(Barriers::of::<crate::Spin>(Barrier::Symmetric));
         assert_eq!(word.named(|_| true), None);
-        word.announce(encode(frames(1, 2)));
+        word.announce(Block::frame(Gfn::new(1)).bits());
         assert!(word.named(|_| true).is_some());
         word.clear::<crate::Spin>();
         assert_eq!(word.announced(), None);

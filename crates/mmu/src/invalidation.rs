@@ -2,78 +2,81 @@
 //!
 //! # State
 //!
-//! | word | changed by | meaning |
+//! | word | changed with `mmu_lock` held for write | meaning |
 //! |---|---|---|
-//! | `in_progress` | `begin` +1, `end` −1, with `mmu_lock` held for write | invalidations between begin and end |
-//! | `ended[0]` | `end` +1, likewise | the sequence: invalidations that ended |
-//! | `ended[1..]` | `end` +1, likewise, with [`SequenceScope::Region`] | those of them that touched a region of 2 MiB |
-//! | hull and entries (module `ranges`) | `add_range`, likewise | which frames |
+//! | `words[ALL]` | `begin`: count +1. `end`: count −1 and sequence +1, in one store | invalidations between begin and end, and those that ended |
+//! | `words[1..]` | likewise, for each region of 2 MiB that the ranges touch, with [`SequenceScope::Region`] | those of them that touched the region |
+//! | hull and entries (module `ranges`) | `begin` and `end` | which frames |
 //!
-//! `begin` raises the count and, when it was 0, empties the hull to a sentinel; `add_range` widens the hull;
-//! `end` bumps the sequence and *then* drops the count. The hull stays behind: only the count gives it meaning.
+//! `begin` writes the ranges and *then* raises the counts; `end` drops a count and bumps its sequence at once, and only then
+//! empties what was noted of the ranges. The hull stays behind: only the count gives it meaning.
 //! It never shrinks while any invalidation is active, so with overlapping invalidations a gfn between two ranges
 //! is refused until the last one ends: a false positive, accepted, unless [`Coverage::Exact`] is chosen.
 //!
 //! # What a verdict is worth
 //!
-//! Three words that are written one after the other can be seen torn without the lock. So there are two checks:
+//! Words that are written one after the other can be seen torn without the lock. So there are two checks:
 //!
 //! * [`Invalidations::hint`] takes no lock. It may miss an invalidation and may see one that is over. It gives
 //!   only a reason to retry, never a right to install.
 //! * [`Invalidations::verify`] needs a [`Witness`](crate::Witness), and gives [`Fresh`], the right to install, which cannot
-//!   outlive the witness. `mmu_lock` keeps the words still. An announced [`Intent`](crate::Intent) does not, so the order of the
-//!   loads matters: the count, then the ranges, then the sequence, each Acquire. An end bumps the sequence before it drops the
-//!   count, and the hull is emptied only by a later first begin: who reads a dropped count or an emptied hull reads the bumped
-//!   sequence after it. Bounds of a half-finished `add_range` belong to an invalidation that has not looked at the
-//!   announcements yet: it will wait for this one.
+//!   outlive the witness. `mmu_lock` keeps the words still. An announced [`Intent`](crate::Intent) does not, and so:
 //!
-//! A fault that overlaps the invalidation is caught by count and hull; one that sampled the sequence before the
+//! A verdict reads its word once. If that says "none active" and "none has ended since", both in one comparison, it is fresh: an invalidation of these
+//! frames that raised the word before would show in it, as active or as ended; one that raises it later looks at the announcements
+//! later still, and waits for this one. If it says "active", the ranges are read, and then the word again, each Acquire: ranges
+//! that were emptied or reused after an end lead to the sequence that this end bumped. Ranges
+//! that are half written belong to an invalidation that has not looked at the announcements yet.
+//!
+//! A fault that overlaps the invalidation is caught by count and ranges; one that sampled the sequence before the
 //! end and verifies after it is caught by the sequence. Hence the sequence moves at the end only.
 //!
 //! # Whose end matters
 //!
-//! KVM has one sequence: an end anywhere fails every fault that is under way, and unrelated invalidations can hold a
-//! fault back without bound. With [`SequenceScope::Region`] each end also bumps one word for every region of 2 MiB that its
-//! ranges touch (regions share words, so a range bumps at most all of them), and a snapshot for frames of one region
-//! is compared with that region's word only. The argument stays: an invalidation that covers the fault's frames
-//! touches their region, so its end moves the word that the fault looks at. The sequence of all is bumped as well,
-//! for snapshots that name no frames or span regions.
+//! KVM has one sequence and one count: an end anywhere fails every fault that is under way, unrelated invalidations can hold a
+//! fault back without bound, and each of them takes the line that all faults read. With [`SequenceScope::Region`] an invalidation
+//! changes, besides the word of all, the word of every region that its ranges touch, and a fault whose
+//! frames lie in one region looks at that region's word alone, on a cache line of its own. The argument stays: an invalidation
+//! that covers the fault's frames touches their region, so it changes the word that the fault looks at. Frames that span regions
+//! are checked against the word of all.
 //!
 //! Source: Linux `kvm_mmu_invalidate_begin`, `kvm_mmu_invalidate_range_add`, `kvm_mmu_invalidate_end`,
 //! `mmu_invalidate_retry_gfn` and `mmu_invalidate_retry_gfn_unsafe`.
 
+use core::fmt;
 use core::marker::PhantomData;
 use core::num::NonZeroU64;
 
 use crate::addr::GfnRange;
+use crate::block::Block;
 use crate::intent::Walking;
 use crate::mmu_lock::Witness;
 use crate::mutation::{self, Mutation};
-use crate::ranges::{Coverage, Overlap, Ranges, Tracks};
-use crate::sync::{AtomicU64, Ordering};
+use crate::ranges::{Coverage, Ranges, Tracks};
+use crate::regions;
+use crate::sync::{AtomicU64, CachePadded, Ordering};
 
-/// Frames in a region that has a sequence of its own, as a power of two: 2 MiB, so that no smaller page spans two.
-#[cfg(not(loom))]
-const REGION_SHIFT: u32 = 9;
-/// Words for regions. More regions than words share them.
+/// Words for regions.
 #[cfg(not(loom))]
 const REGIONS: usize = 128;
-/// Small under loom: two regions of two frames.
-#[cfg(loom)]
-const REGION_SHIFT: u32 = 1;
-/// Small under loom: two regions of two frames.
+/// Few under loom.
 #[cfg(loom)]
 const REGIONS: usize = 2;
+/// Index of the word that every invalidation changes.
+const ALL: usize = REGIONS;
 
-/// Index of the word that every end bumps.
-const ALL: usize = 0;
+/// Bits of a word, from below: the count of active invalidations, the sequence of those that ended. The highest is never set.
+const COUNT_BITS: u32 = 16;
+const COUNT: u64 = (1 << COUNT_BITS) - 1;
+const ONE_ENDED: u64 = 1 << COUNT_BITS;
+const WORD: u64 = u64::MAX >> 1;
 
-/// Which ends make a fault under way retry.
+/// Which invalidations make a fault under way retry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SequenceScope {
-    /// All: KVM's way.
+    /// An end anywhere: KVM's way.
     Global,
-    /// Those of invalidations that touched the same region of 2 MiB, or one that shares its word.
+    /// Those that touch the same region of 2 MiB, or one that shares its word.
     Region,
 }
 
@@ -92,24 +95,67 @@ impl MachineId {
 }
 
 /// The words of one virtual machine; changed only through a [`MmuWriteGuard`](crate::MmuWriteGuard).
-#[derive(Debug)]
 pub struct Invalidations {
     machine: MachineId,
-    in_progress: AtomicU64,
-    ranges: Ranges,
     scope: SequenceScope,
-    ended: [AtomicU64; 1 + REGIONS],
+    /// The order of blocks that are too large for the words of regions, or all blocks.
+    too_large: u32,
+    /// On lines of their own: faults that find none active do not look at them.
+    ranges: CachePadded<Ranges>,
+    words: [CachePadded<AtomicU64>; 1 + REGIONS],
 }
 
-/// The sequence as it was before the page was looked up.
+impl fmt::Debug for Invalidations {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Invalidations")
+            .field("in_progress", &self.in_progress())
+            .field("ranges", &self.ranges.0)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The invalidations of some frames as they were before their pages were looked up.
 ///
-/// Whoever resolves a page asks for one, so that it cannot be taken too late.
+/// Whoever resolves a page asks for one, so that it cannot be taken too late; and a verdict can be about no other frames.
 #[must_use = "a snapshot that nothing is verified against protects nothing"]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Snapshot {
-    sequence: u64,
-    /// Index of the word that was read.
-    word: usize,
+    /// From below: the index of the block's word, the block. Two words in all, so that a snapshot stays in registers.
+    at: u64,
+    /// What the word said; with the highest bit, if any were active: then it says something else the next time.
+    said: u64,
+}
+
+const WORD_BITS: u32 = 8;
+const _: () = assert!(ALL < 1 << WORD_BITS && Block::BITS + WORD_BITS <= u64::BITS);
+
+impl Snapshot {
+    #[inline]
+    fn new(block: Block, word: usize, said: u64) -> Self {
+        let said = if active(said) == 0 { said } else { said | !WORD };
+        Self { at: block.bits() << WORD_BITS | word as u64, said }
+    }
+
+    /// The frames that it is of.
+    #[inline]
+    pub fn block(self) -> Block {
+        Block::from_bits(self.at >> WORD_BITS)
+    }
+
+    #[inline]
+    fn word(self) -> usize {
+        (self.at & ((1 << WORD_BITS) - 1)) as usize
+    }
+}
+
+/// An invalidation between begin and end: what [`MmuWriteGuard::begin`](crate::MmuWriteGuard::begin) gives and `end` takes.
+#[must_use = "faults are held back until it is ended"]
+#[derive(Debug)]
+pub struct Begun {
+    machine: MachineId,
+    /// The hull of its ranges.
+    frames: GfnRange,
+    tracks: Tracks,
 }
 
 /// The right to install translations for a range of frames, as long as the witness `'w` lives.
@@ -118,7 +164,7 @@ pub struct Snapshot {
 #[must_use = "verified for nothing: install, or do not verify"]
 #[derive(Debug)]
 pub struct Fresh<'w> {
-    range: GfnRange,
+    block: Block,
     machine: MachineId,
     witness: PhantomData<&'w ()>,
 }
@@ -133,7 +179,7 @@ impl<'w> Fresh<'w> {
     /// The frames that may be installed.
     #[inline]
     pub fn range(&self) -> GfnRange {
-        self.range
+        self.block.range()
     }
 }
 
@@ -146,33 +192,38 @@ pub enum Stale {
     SequenceMoved,
 }
 
-/// A caller of the bare words broke the pairing rules. Not reachable through
+/// Why an invalidation cannot begin. Nothing has changed. Not reachable through
 /// [`GuestMmu::invalidate`](crate::GuestMmu::invalidate).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum InvalidationError {
-    /// `add_range` while no invalidation is active.
-    #[error("the range {0} was added while no invalidation is active: call begin first")]
-    AddWithoutBegin(GfnRange),
-    /// `add_range` with nothing in it.
-    #[error("the empty range {0} was added to an invalidation")]
-    EmptyRange(GfnRange),
-    /// `end` without `begin`; the count is left at 0.
-    #[error("an invalidation was ended that never began")]
-    EndWithoutBegin,
-    /// `begin` and `end` with no range in between: harmless, and surely not what was meant. The end took place.
-    #[error("an invalidation ended without a range: faults were never held back")]
-    EndWithoutRange,
+    /// It has no frames.
+    #[error("an invalidation of no frames was begun: it would hold no fault back")]
+    NoFrames,
+    /// As many are active as can be counted.
+    #[error("65535 invalidations are active: end some before another begins")]
+    TooMany,
+}
+
+/// How many are active, by what a word says.
+#[inline]
+fn active(said: u64) -> u64 {
+    said & COUNT
+}
+
+/// The sequence, by what a word says.
+fn ended(said: u64) -> u64 {
+    (said & WORD) >> COUNT_BITS
 }
 
 impl Invalidations {
     pub(crate) fn new(scope: SequenceScope, coverage: Coverage) -> Self {
         Self {
             machine: MachineId::next(),
-            in_progress: AtomicU64::new(0),
-            ranges: Ranges::new(coverage),
             scope,
-            ended: core::array::from_fn(|_| AtomicU64::new(0)),
+            too_large: if scope == SequenceScope::Region { regions::TOO_LARGE } else { 0 },
+            ranges: CachePadded(Ranges::new(coverage)),
+            words: core::array::from_fn(|_| CachePadded(AtomicU64::new(0))),
         }
     }
 
@@ -182,197 +233,136 @@ impl Invalidations {
         self.machine
     }
 
-    /// Samples the sequence of all ends. Everything that can go stale (attributes, the page) is looked up after this.
+    /// Samples what counts for `block`. Everything that can go stale (attributes, the page) is looked up after this.
     #[inline]
-    pub fn snapshot(&self) -> Snapshot {
-        self.sample(ALL)
-    }
-
-    /// Samples the sequence that counts for `range`, likewise.
-    #[inline]
-    pub fn snapshot_of(&self, range: GfnRange) -> Snapshot {
-        self.sample(self.word_of(range))
-    }
-
-    #[inline]
-    fn sample(&self, word: usize) -> Snapshot {
-        Snapshot { sequence: self.ended[word].load(Ordering::Acquire), word }
-    }
-
-    /// The word that every invalidation which touches a frame of `range` bumps at its end.
-    #[inline]
-    fn word_of(&self, range: GfnRange) -> usize {
-        if self.scope == SequenceScope::Global {
-            return ALL;
-        }
-        // An empty range has no last frame, and nothing can be installed for it: any word will do.
-        let (first, last) = (range.start.as_u64(), range.end.as_u64().saturating_sub(1));
-        let (first, last) = (first >> REGION_SHIFT, last >> REGION_SHIFT);
-        if first == last { 1 + first as usize % REGIONS } else { ALL }
+    pub fn snapshot(&self, block: Block) -> Snapshot {
+        let word = regions::word_of(block, REGIONS, self.too_large);
+        // Acquire: who sees the new number sees what the primary MMU did before that end.
+        let said = self.words[word].load(Ordering::Acquire);
+        Snapshot::new(block, word, said)
     }
 
     /// The lock-free check: whether the fault looks doomed. `None` promises nothing.
-    #[inline]
-    pub fn hint(&self, since: Snapshot, range: GfnRange) -> Option<Stale> {
-        if self.in_progress.load(Ordering::Relaxed) != 0 {
-            return self.hint_while_active(since, range);
-        }
-        self.moved(since).then_some(Stale::SequenceMoved)
-    }
-
-    /// Out of line: few faults are under way while an invalidation is active.
-    #[cold]
-    fn hint_while_active(&self, since: Snapshot, range: GfnRange) -> Option<Stale> {
-        if self.ranges.overlap(range, Ordering::Relaxed) == Overlap::Yes {
-            return Some(Stale::Covered);
-        }
-        self.moved(since).then_some(Stale::SequenceMoved)
-    }
-
-    /// Whether an end that counts came since.
-    #[inline]
-    fn moved(&self, since: Snapshot) -> bool {
-        self.ended[since.word].load(Ordering::Relaxed) != since.sequence
+    // Always: it is shorter than a call that keeps what the caller has in registers.
+    #[inline(always)]
+    pub fn hint(&self, since: Snapshot) -> Option<Stale> {
+        let now = self.words[since.word()].load(Ordering::Relaxed);
+        if now == since.said { None } else { self.look(since, now, Ordering::Relaxed).err() }
     }
 
     /// The check that counts.
     ///
     /// # Panics
-    /// If `witness` belongs to another lock than these words: it would keep nothing still.
+    /// If `witness` belongs to another lock than these words, or was announced for other frames: it would keep nothing true.
     #[inline]
-    pub fn verify<'w, W: Witness>(
-        &self,
-        witness: &'w W,
-        since: Snapshot,
-        range: GfnRange,
-    ) -> Result<Fresh<'w>, Stale> {
+    pub fn verify<'w, W: Witness>(&self, witness: &'w W, since: Snapshot) -> Result<Fresh<'w>, Stale> {
         assert!(core::ptr::eq(witness.invalidations(), self), "a witness of another virtual machine");
-        let fresh = Fresh { range, machine: self.machine, witness: PhantomData };
-        if mutation::active(Mutation::VerifyAlwaysFresh) {
+        let block = since.block();
+        assert!(witness.protects(block), "an intent of other frames");
+        let fresh = Fresh { block, machine: self.machine, witness: PhantomData };
+        // Acquire: see the module documentation.
+        let ordering = mutation::unless(Mutation::VerifyRelaxed, Ordering::Acquire);
+        let now = self.words[since.word()].load(ordering);
+        if now == since.said || mutation::active(Mutation::VerifyAlwaysFresh) {
             return Ok(fresh);
         }
-        // Acquire, all three and in this order: see the module documentation.
-        let ordering = mutation::unless(Mutation::VerifyRelaxed, Ordering::Acquire);
-        let active = self.in_progress.load(ordering) != 0 && !mutation::active(Mutation::VerifyIgnoresRange);
-        if active && self.may_cover::<W>(range, ordering) {
-            return Err(Stale::Covered);
-        }
-        // A snapshot for other frames says nothing about these.
-        let foreign = since.word != ALL && since.word != self.word_of(range);
-        let moved = self.moved(since);
-        if (foreign || moved) && !mutation::active(Mutation::VerifyIgnoresSequence) {
-            return Err(Stale::SequenceMoved);
-        }
-        Ok(fresh)
+        self.look(since, now, ordering).map(|()| fresh)
     }
 
-    /// Whether the invalidation that was found active covers a frame of `range`, for all that can be told. Out of line, as above.
+    /// A closer look at a word that says `now`: few faults are under way while an invalidation of their region is.
     #[cold]
-    fn may_cover<W: Witness>(&self, range: GfnRange, ordering: Ordering) -> bool {
-        let overlap = self.ranges.overlap(range, ordering);
-        // Between begin and the first range. With the lock held that is seen only if it was given up there.
-        let torn = overlap == Overlap::Torn;
-        debug_assert!(!(torn && W::HOLDS_LOCK), "mmu_lock was given up between begin and add_range");
-        overlap != Overlap::No
+    fn look(&self, since: Snapshot, now: u64, ordering: Ordering) -> Result<(), Stale> {
+        let is_active = active(now) != 0 && !mutation::active(Mutation::VerifyIgnoresRange);
+        if is_active && self.ranges.overlap(since.block().range(), ordering) {
+            return Err(Stale::Covered);
+        }
+        // Again, behind the ranges: they may be those of a later invalidation.
+        let now = match mutation::active(Mutation::VerifyLooksOnce) {
+            true => now,
+            false => self.words[since.word()].load(Ordering::Relaxed),
+        };
+        let moved = ended(now) != ended(since.said);
+        if moved && !mutation::active(Mutation::VerifyIgnoresSequence) {
+            return Err(Stale::SequenceMoved);
+        }
+        Ok(())
+    }
+
+    /// Whether an invalidation that counts has ended since.
+    pub(crate) fn has_moved(&self, since: Snapshot) -> bool {
+        ended(self.words[since.word()].load(Ordering::Acquire)) != ended(since.said)
     }
 
     /// Whether an active invalidation covers a frame of `range`, as far as can be told without the lock.
     ///
     /// Acquire: who reads "over" here and samples the sequence next reads it bumped.
-    #[inline]
     pub fn covers(&self, range: GfnRange) -> bool {
-        self.in_progress.load(Ordering::Acquire) != 0
-            && self.ranges.overlap(range, Ordering::Acquire) == Overlap::Yes
+        let said = self.snapshot(Block::around(range)).said;
+        active(said) != 0 && self.ranges.overlap(range, Ordering::Acquire)
     }
 
     /// How many invalidations are active.
     #[inline]
     pub fn in_progress(&self) -> u64 {
-        self.in_progress.load(Ordering::Acquire)
+        active(self.words[ALL].load(Ordering::Acquire))
     }
 
-    /// Publishes all ranges of an invalidation, and then raises the count. `mmu_lock` is held for write. Nobody ever sees it
-    /// active without its ranges. What was noted of them is for [`end`](Self::end).
-    pub(crate) fn begin_with(&self, ranges: impl Iterator<Item = GfnRange> + Clone) -> Tracks {
-        let active = self.in_progress.load(Ordering::Relaxed);
-        let tracks = self.ranges.begin_with(active == 0, ranges);
-        let ordering = mutation::unless(Mutation::BeginRelaxed, Ordering::Release);
-        self.in_progress.store(active + 1, ordering);
-        tracks
-    }
-
-    /// Raises the count. `mmu_lock` is held for write.
-    pub(crate) fn begin(&self) {
-        let active = self.in_progress.load(Ordering::Relaxed);
-        self.ranges.begin(active == 0);
-        // Release: who reads this count reads what the ends before it bumped.
-        let ordering = mutation::unless(Mutation::BeginRelaxed, Ordering::Release);
-        self.in_progress.store(active + 1, ordering);
-    }
-
-    /// Widens the hull. `mmu_lock` is held for write.
-    pub(crate) fn add_range(&self, range: GfnRange) -> Result<(), InvalidationError> {
-        if self.in_progress.load(Ordering::Relaxed) == 0 {
-            return Err(InvalidationError::AddWithoutBegin(range));
-        }
-        if range.is_empty() {
-            return Err(InvalidationError::EmptyRange(range));
-        }
-        self.ranges.add(range);
-        Ok(())
-    }
-
-    /// Bumps the sequence, then drops the count. `mmu_lock` is held for write. `range` holds every range that this
-    /// invalidation added; `None`: not known. `tracks` is what [`begin_with`](Self::begin_with) said.
-    pub(crate) fn end(&self, range: Option<GfnRange>, tracks: Tracks) -> Result<(), InvalidationError> {
-        let active = self.in_progress.load(Ordering::Relaxed);
-        if active == 0 {
-            return Err(InvalidationError::EndWithoutBegin);
-        }
-        if mutation::active(Mutation::EndCountFirst) {
-            self.in_progress.store(active - 1, Ordering::Release);
-            self.bump_sequences(range);
-            self.ranges.end(tracks);
-        } else if mutation::active(Mutation::EndRangesFirst) {
-            self.ranges.end(tracks);
-            self.bump_sequences(range);
-            self.in_progress.store(active - 1, Ordering::Release);
-        } else {
-            self.bump_sequences(range);
-            self.ranges.end(tracks);
-            self.in_progress.store(active - 1, Ordering::Release);
-        }
-        if !self.ranges.has_any() {
-            return Err(InvalidationError::EndWithoutRange);
-        }
-        Ok(())
-    }
-
-    fn bump_sequences(&self, range: Option<GfnRange>) {
-        self.bump(ALL);
-        if self.scope == SequenceScope::Global {
-            return;
-        }
-        let (first, count) = match range {
-            Some(range) if !range.is_empty() => {
-                let first = range.start.as_u64() >> REGION_SHIFT;
-                let last = (range.end.as_u64() - 1) >> REGION_SHIFT;
-                (first as usize, ((last - first) as usize).saturating_add(1).min(REGIONS))
-            }
-            _ => (0, REGIONS),
+    /// The words that an invalidation of `frames` changes.
+    fn words_of(&self, frames: GfnRange) -> impl Iterator<Item = &AtomicU64> {
+        let regions = regions::words_of(frames, REGIONS);
+        let touched = match self.scope {
+            SequenceScope::Global => 0,
+            SequenceScope::Region => regions.clone().count(),
         };
-        let count = if mutation::active(Mutation::EndForgetsLastRegion) { count - 1 } else { count };
-        for region in 0..count {
-            self.bump(1 + (first + region) % REGIONS);
+        let forgotten = usize::from(mutation::active(Mutation::LastRegionForgotten));
+        let regions = regions.take(touched.saturating_sub(forgotten));
+        core::iter::once(ALL).chain(regions).map(|word| &self.words[word].0)
+    }
+
+    /// Publishes all ranges of an invalidation, and then raises the counts. `mmu_lock` is held for write. Nobody ever sees it
+    /// active without its ranges.
+    pub(crate) fn begin(
+        &self,
+        ranges: impl Iterator<Item = GfnRange> + Clone,
+    ) -> Result<Begun, InvalidationError> {
+        let ranges = ranges.filter(|range| !range.is_empty());
+        let frames = ranges.clone().reduce(GfnRange::hull).ok_or(InvalidationError::NoFrames)?;
+        let is_first = match self.in_progress() {
+            0 => true,
+            COUNT => return Err(InvalidationError::TooMany),
+            _ => false,
+        };
+        let tracks = self.ranges.begin(is_first, frames, ranges);
+        for word in self.words_of(frames) {
+            // Release: who reads this count reads the ranges.
+            let ordering = mutation::unless(Mutation::BeginRelaxed, Ordering::Release);
+            word.store(word.load(Ordering::Relaxed) + 1, ordering);
+        }
+        Ok(Begun { machine: self.machine, frames, tracks })
+    }
+
+    /// Bumps the sequences and drops the counts. `mmu_lock` is held for write.
+    pub(crate) fn end(&self, begun: Begun) {
+        assert!(begun.machine == self.machine, "an invalidation of another virtual machine");
+        if mutation::active(Mutation::EndRangesFirst) {
+            self.ranges.end(begun.tracks);
+        }
+        for word in self.words_of(begun.frames) {
+            Self::end_in(word);
+        }
+        if !mutation::active(Mutation::EndRangesFirst) {
+            self.ranges.end(begun.tracks);
         }
     }
 
-    fn bump(&self, word: usize) {
-        if !mutation::active(Mutation::EndKeepsSequence) {
-            // Release: who samples the new number sees what the primary MMU did before this end.
-            let ordering = mutation::unless(Mutation::BumpRelaxed, Ordering::Release);
-            let word = &self.ended[word];
-            word.store(word.load(Ordering::Relaxed).wrapping_add(1), ordering);
+    fn end_in(word: &AtomicU64) {
+        let before = word.load(Ordering::Relaxed);
+        if mutation::active(Mutation::EndCountFirst) {
+            word.store(before - 1, Ordering::Release);
         }
+        let bumped = if mutation::active(Mutation::EndKeepsSequence) { 0 } else { ONE_ENDED };
+        // Release: who samples the new number sees what the primary MMU did before this end.
+        let ordering = mutation::unless(Mutation::BumpRelaxed, Ordering::Release);
+        word.store((before - 1).wrapping_add(bumped) & WORD, ordering);
     }
 }

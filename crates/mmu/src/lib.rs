@@ -17,12 +17,12 @@
 //! guest touches gfn                                      primary MMU changes a page
 //!   │                                                      │
 //!   ├─ fast path: only permissions missing? done           ├─ invalidate(range)
-//!   ├─ snapshot the sequence                               │    mmu_lock for write: begin, add_range, zap, flush
+//!   ├─ snapshot the sequence                               │    mmu_lock for write: begin, zap, flush
 //!   ├─ hint: doomed? ─────────► Retry(BeforeFaultIn)       │    (between two entries the zap may flush and give way)
 //!   ├─ fault the page in (may sleep, may do I/O)           │    unlock
 //!   ├─ hint: doomed? ─────────► Retry(AfterFaultIn)        ├─ changes the page, with the guard in its hand
 //!   ├─ witness: mmu_lock for read, or an intent            ├─ drop the guard
-//!   ├─ verify: stale? ────────► Retry(UnderLock)           │    mmu_lock for write: sequence + 1, then count − 1
+//!   ├─ verify: stale? ────────► Retry(UnderLock)           │    mmu_lock for write: sequence + 1, count − 1
 //!   ├─ map: someone else? ────► Retry(LostRace)            │    unlock, wake who waits
 //!   └─ give the page back, then unlock                     ▼
 //! ```
@@ -122,7 +122,7 @@
 //!         }
 //!     }
 //!
-//!     fn poison(&self, _fresh: Fresh<'_>, _slot: &Memslot) -> Result<Mapped, &'static str> {
+//!     fn poison(&self, _fresh: Fresh<'_>, _slot: &Memslot, _gfn: Gfn) -> Result<Mapped, &'static str> {
 //!         Err("no page is ever lost here")
 //!     }
 //!
@@ -191,6 +191,7 @@ extern crate std;
 
 mod active;
 mod addr;
+mod block;
 mod dirty_bitmap;
 mod dirty_log;
 mod dirty_ring;
@@ -211,6 +212,7 @@ mod outcome;
 mod platform;
 mod ranges;
 mod readers;
+mod regions;
 mod roots;
 mod slots;
 mod stats;
@@ -221,6 +223,7 @@ mod vcpu_words;
 mod zap;
 
 pub use addr::{FRAME_BYTES, FRAME_SHIFT, Gfn, GfnRange, Gpa, Hva, HvaRange, Level, PageSize, Pfn, PfnRange};
+pub use block::Block;
 pub use dirty_bitmap::Initially;
 pub use dirty_log::LogBy;
 pub use dirty_ring::{DirtyFrame, DirtyRing};
@@ -231,7 +234,9 @@ pub use host::{
     PageRef, PageUse, Patience, PrimaryMmu, Privacy, SecondaryMmu, Young, Zap,
 };
 pub use intent::{Barrier, Intent, WalkSection, Walker, Walking};
-pub use invalidation::{Fresh, InvalidationError, Invalidations, MachineId, SequenceScope, Snapshot, Stale};
+pub use invalidation::{
+    Begun, Fresh, InvalidationError, Invalidations, MachineId, SequenceScope, Snapshot, Stale,
+};
 pub use lock::RawMmuLock;
 pub use mmu_lock::{MmuLock, MmuReadGuard, MmuWriteGuard, Witness};
 pub use notifier::Invalidation;

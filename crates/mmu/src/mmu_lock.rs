@@ -3,11 +3,12 @@
 use core::fmt;
 
 use crate::addr::GfnRange;
+use crate::block::Block;
 use crate::intent::Walking;
-use crate::invalidation::{InvalidationError, Invalidations, SequenceScope};
+use crate::invalidation::{Begun, InvalidationError, Invalidations, SequenceScope};
 use crate::lock::RawMmuLock;
 use crate::platform::Platform;
-use crate::ranges::{Coverage, Tracks};
+use crate::ranges::Coverage;
 use crate::sync::CachePadded;
 
 /// Something whose life keeps the [`Invalidations`] still, so that a verdict on them holds as long as it lives.
@@ -15,11 +16,14 @@ use crate::sync::CachePadded;
 /// Sealed: what may be a witness is decided by proof. `mmu_lock`, held for read or for write, keeps the words as they are. An
 /// [`Intent`](crate::Intent) lets them move, but an invalidation of the announced frames waits for it before it zaps.
 pub trait Witness: sealed::Sealed {
-    /// Whether the words cannot change while it lives.
-    const HOLDS_LOCK: bool;
-
     /// The words that are kept still.
     fn invalidations(&self) -> &Invalidations;
+
+    /// Whether it keeps a verdict on `block` true.
+    #[inline]
+    fn protects(&self, _block: Block) -> bool {
+        true
+    }
 
     /// The right to follow links between tables while it lives.
     #[inline]
@@ -117,8 +121,6 @@ impl<P: Platform> fmt::Debug for MmuReadGuard<'_, P> {
 impl<P: Platform> sealed::Sealed for MmuReadGuard<'_, P> {}
 
 impl<P: Platform> Witness for MmuReadGuard<'_, P> {
-    const HOLDS_LOCK: bool = true;
-
     #[inline]
     fn invalidations(&self) -> &Invalidations {
         &self.lock.invalidations
@@ -161,8 +163,6 @@ impl<P: Platform> fmt::Debug for MmuWriteGuard<'_, P> {
 impl<P: Platform> sealed::Sealed for MmuWriteGuard<'_, P> {}
 
 impl<P: Platform> Witness for MmuWriteGuard<'_, P> {
-    const HOLDS_LOCK: bool = true;
-
     #[inline]
     fn invalidations(&self) -> &Invalidations {
         &self.lock.invalidations
@@ -170,35 +170,21 @@ impl<P: Platform> Witness for MmuWriteGuard<'_, P> {
 }
 
 impl<P: Platform> MmuWriteGuard<'_, P> {
-    /// Announces that an invalidation is active. A range must follow before the lock is given up.
-    pub fn begin(&mut self) {
-        self.lock.invalidations.begin();
-    }
-
-    /// Announces a range of the active invalidation, before anything in it is zapped.
-    pub fn add_range(&mut self, range: GfnRange) -> Result<(), InvalidationError> {
-        self.lock.invalidations.add_range(range)
+    /// Announces that an invalidation of `ranges` is active, before anything in them is zapped (KVM's `begin` and `add_range`
+    /// in one).
+    pub fn begin(
+        &mut self,
+        ranges: impl Iterator<Item = GfnRange> + Clone,
+    ) -> Result<Begun, InvalidationError> {
+        self.lock.invalidations.begin(ranges)
     }
 
     /// Announces that an invalidation is over; the change of the primary MMU is visible by now.
-    pub fn end(&mut self) -> Result<(), InvalidationError> {
-        self.lock.invalidations.end(None, Tracks::default())
-    }
-
-    /// Like [`end`](Self::end), for an invalidation all of whose ranges lie in `range`: faults in other regions go on,
-    /// if the lock was made [`with`](MmuLock::with) a sequence for each region.
-    pub fn end_of(&mut self, range: GfnRange) -> Result<(), InvalidationError> {
-        self.end_tracked(range, Tracks::default())
-    }
-
-    /// Announces that an invalidation of all these ranges is active.
-    pub(crate) fn begin_with(&mut self, ranges: impl Iterator<Item = GfnRange> + Clone) -> Tracks {
-        self.lock.invalidations.begin_with(ranges)
-    }
-
-    /// Like [`end_of`](Self::end_of), for an invalidation that was begun [`with`](Self::begin_with) its ranges.
-    pub(crate) fn end_tracked(&mut self, range: GfnRange, tracks: Tracks) -> Result<(), InvalidationError> {
-        self.lock.invalidations.end(Some(range), tracks)
+    ///
+    /// # Panics
+    /// If it was begun with another lock.
+    pub fn end(&mut self, begun: Begun) {
+        self.lock.invalidations.end(begun);
     }
 
     /// Whether a reader or another writer waits.

@@ -21,8 +21,8 @@ pub enum Mutation {
     EndRangesFirst,
     /// `end` leaves the sequence as it is.
     EndKeepsSequence,
-    /// `end` leaves out the last region that its range touches.
-    EndForgetsLastRegion,
+    /// An invalidation leaves out the last region that it touches.
+    LastRegionForgotten,
     /// A zap leaves out the last frame of the range.
     ZapForgetsLastFrame,
     /// A zap gives the lock up without flushing first (rule F2).
@@ -103,9 +103,15 @@ pub enum Mutation {
     DrainWithoutFence,
     /// An invalidation does not wait for the announcements of its range.
     BeginWithoutDrain,
-    /// `verify` reads count and bounds with relaxed loads.
+    /// It does not look at announcements in the last region that it touches.
+    DrainForgetsLastRegion,
+    /// It does not look at announcements of blocks that span regions.
+    DrainForgetsSpanning,
+    /// `verify` does not look at the sequence again when it has read the ranges.
+    VerifyLooksOnce,
+    /// `verify` reads count and ranges with relaxed loads.
     VerifyRelaxed,
-    /// `begin` and `add_range` write count and bounds with relaxed stores.
+    /// `begin` writes ranges and count with relaxed stores.
     BeginRelaxed,
     /// An invalidation lets nobody go first, however often they were retried.
     NoTurns,

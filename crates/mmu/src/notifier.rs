@@ -9,7 +9,7 @@
 //!    that are, and those that an update has announced.
 //! 2. Where faults that were retried too often have a turn: let those on these frames go first (module `turns`).
 //! 3. If a slot lies over the range, in any address space: take `mmu_lock`, publish the ranges of all such slots, and then the
-//!    count: `begin` and `add_range` in one.
+//!    count: KVM's `begin` and `add_range` in one.
 //! 4. Where faults announce intents instead of taking the lock: give up the lock, wait until nobody holds an intent for
 //!    frames of these ranges, take the lock again. Nobody else waits meanwhile.
 //! 5. Zap the ranges. The zap may give up the lock between two entries.
@@ -22,14 +22,14 @@
 use core::fmt;
 
 use crate::active::Event;
-use crate::addr::{Gfn, GfnRange, HvaRange};
+use crate::addr::{GfnRange, HvaRange};
 use crate::guest_mmu::{GuestMmu, WitnessKind};
 use crate::host::{Age, Blocking, Notifier, SecondaryMmu, Young, Zap};
 use crate::intent::{Waited, Walker, Walking};
+use crate::invalidation::Begun;
 use crate::mmu_lock::Witness;
 use crate::mutation::{self, Mutation};
 use crate::platform::Platform;
-use crate::ranges::Tracks;
 use crate::slots::SlotSet;
 use crate::sync::Ordering;
 use crate::zap::ZapWalk;
@@ -39,15 +39,14 @@ use crate::zap::ZapWalk;
 pub struct Invalidation<'m, S: SecondaryMmu> {
     mmu: &'m GuestMmu<S>,
     event: Event,
-    /// The hull of the frames that it took; empty if the range touched no slot.
-    touched: GfnRange,
-    tracks: Tracks,
+    /// `None` if the range touched no slot.
+    begun: Option<Begun>,
     started_ns: u64,
 }
 
 impl<S: SecondaryMmu> fmt::Debug for Invalidation<'_, S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Invalidation").field("touched", &self.touched).finish_non_exhaustive()
+        f.debug_struct("Invalidation").field("begun", &self.begun).finish_non_exhaustive()
     }
 }
 
@@ -62,17 +61,17 @@ impl<S: SecondaryMmu> GuestMmu<S> {
         let slots = if mutation::active(Mutation::FirstSlotOnly) { 1 } else { usize::MAX };
         let sets = self.event_sets();
         let ranges = || sets.into_iter().flatten().flat_map(|set| set.touching(hvas)).take(slots);
-        let touched = ranges().map(|(_, gfns)| gfns).reduce(GfnRange::hull);
-        let mut tracks = Tracks::default();
-        if touched.is_some() {
+        let takes = |block| ranges().any(|(_, gfns)| gfns.overlaps(block));
+        let mut begun = None;
+        if let Some(hull) = ranges().map(|(_, gfns)| gfns).reduce(GfnRange::hull) {
             if self.policy().turns.is_some() && blocking == Blocking::Allowed {
-                self.give_turns(|block| ranges().any(|(_, gfns)| gfns.overlaps(block)));
+                self.give_turns(takes);
             }
             let mut guard = self.write_timed();
-            tracks = guard.begin_with(ranges().map(|(_, gfns)| gfns));
+            begun = Some(guard.begin(ranges().map(|(_, gfns)| gfns)).expect("events are fewer than that"));
             if self.policy().witness == WitnessKind::Intent {
                 drop(guard);
-                self.drain(|block| ranges().any(|(_, gfns)| gfns.overlaps(block)));
+                self.drain(hull, takes);
                 guard = self.write_timed();
             }
             let mut walk = ZapWalk::with(self, guard, blocking);
@@ -84,8 +83,7 @@ impl<S: SecondaryMmu> GuestMmu<S> {
             }
             walk.finish();
         }
-        let touched = touched.unwrap_or(GfnRange::new(Gfn::new(0), Gfn::new(0)));
-        Invalidation { mmu: self, event, touched, tracks, started_ns }
+        Invalidation { mmu: self, event, begun, started_ns }
     }
 
     /// Lets those go first who starve on frames that `taken` names, unless an active invalidation holds them back anyway.
@@ -97,10 +95,10 @@ impl<S: SecondaryMmu> GuestMmu<S> {
         self.counters.turns.fetch_add(turns, Ordering::Relaxed);
     }
 
-    /// Waits for the intents that `covers` names, and counts the wait, if there was one.
-    fn drain(&self, covers: impl Fn(GfnRange) -> bool) {
+    /// Waits for the intents that `covers` names, all of them in `frames`, and counts the wait, if there was one.
+    fn drain(&self, frames: GfnRange, covers: impl Fn(GfnRange) -> bool) {
         let started = S::Platform::now_ns();
-        if self.vcpus.drain(covers) == Waited::Yes {
+        if self.vcpus.drain(frames, covers) == Waited::Yes {
             let waited = S::Platform::now_ns().saturating_sub(started);
             self.counters.drains.fetch_add(1, Ordering::Relaxed);
             self.counters.drain_wait_ns.fetch_add(waited, Ordering::Relaxed);
@@ -144,12 +142,8 @@ impl<S: SecondaryMmu> GuestMmu<S> {
 
 impl<S: SecondaryMmu> Drop for Invalidation<'_, S> {
     fn drop(&mut self) {
-        if !self.touched.is_empty() {
-            let mut guard = self.mmu.write_timed();
-            guard
-                .end_tracked(self.touched, self.tracks)
-                .expect("this guard began the invalidation and added a range");
-            drop(guard);
+        if let Some(begun) = self.begun.take() {
+            self.mmu.write_timed().end(begun);
             self.mmu.announce_end();
             let ns = S::Platform::now_ns().saturating_sub(self.started_ns);
             self.mmu.counters.finished(ns);

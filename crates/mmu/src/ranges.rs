@@ -4,9 +4,9 @@
 //!
 //! | word | changed by, with `mmu_lock` held for write | meaning |
 //! |---|---|---|
-//! | `start`, `end` | `begin_with`, `add` | hull of every range added since an invalidation last began with none active |
-//! | `untracked` | begin +1 and `end` −1, if not tracked | active invalidations whose ranges only the hull knows |
-//! | `tracked[..]` | `begin_with` writes, `end` empties | a range of an active invalidation each |
+//! | `start`, `end` | `begin` | hull of every range since an invalidation last began with none active |
+//! | `untracked` | `begin` +1 and `end` −1, if not tracked | active invalidations whose ranges only the hull knows |
+//! | `tracked[..]` | `begin` writes, `end` empties | a range of an active invalidation each |
 //!
 //! The hull is KVM's way: two words, and a frame between two ranges is refused until the last of them ends. With
 //! [`Coverage::Exact`] an invalidation also notes its ranges in a few entries, all of them or none. While `untracked` is 0 the
@@ -15,10 +15,11 @@
 //! # Without the lock
 //!
 //! A verdict that rests on an announced intent reads these words while they change. The loads are Acquire and in this order:
-//! the count of active invalidations, then `untracked`, then the entries or the hull, then the sequence.
+//! the word with the count of active invalidations, then `untracked`, then the entries or the hull, then that word again.
 //!
-//! Take an invalidation that covers the frames, and whose count the verdict has read. Its entries, or `untracked`, and the hull
-//! were written before the count: they are visible then, or what its end, or a later invalidation, has written there. An end empties its entries after it has bumped the sequence, and the stores are
+//! Take an invalidation that covers the frames, and which the verdict found in the count. Its entries, or `untracked`, and the hull
+//! were written before the count: they are visible then, or what its end, or a later invalidation, has written there. An end
+//! empties its entries after it has bumped the sequence, and the stores are
 //! Release: so whoever finds them empty, or reused, finds the sequence moved. Likewise for `untracked` and the hull. An
 //! entry that is half written belongs to an invalidation that has not looked at the announcements yet.
 
@@ -26,8 +27,8 @@ use crate::addr::{Gfn, GfnRange};
 use crate::mutation::{self, Mutation};
 use crate::sync::{AtomicU64, Ordering};
 
-/// Both bounds while a bare `begin` has not yet been followed by an `add`. No gfn reaches it.
-const SENTINEL: u64 = u64::MAX;
+/// The start of an entry that is free: behind every frame.
+const FREE: u64 = u64::MAX;
 
 /// Entries for exact ranges.
 #[cfg(not(loom))]
@@ -73,99 +74,55 @@ impl Bounds {
     }
 
     fn is_free(&self) -> bool {
-        self.start.load(Ordering::Relaxed) == SENTINEL
+        self.start.load(Ordering::Relaxed) == FREE
     }
-}
-
-/// What the words say about a range of frames.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Overlap {
-    No,
-    Yes,
-    /// An invalidation has begun and has no range yet.
-    Torn,
 }
 
 impl Ranges {
     pub(crate) fn new(coverage: Coverage) -> Self {
         Self {
             coverage,
-            start: AtomicU64::new(SENTINEL),
-            end: AtomicU64::new(SENTINEL),
+            start: AtomicU64::new(FREE),
+            end: AtomicU64::new(0),
             untracked: AtomicU64::new(0),
-            tracked: core::array::from_fn(|_| Bounds {
-                start: AtomicU64::new(SENTINEL),
-                end: AtomicU64::new(0),
-            }),
+            tracked: core::array::from_fn(|_| Bounds { start: AtomicU64::new(FREE), end: AtomicU64::new(0) }),
         }
     }
 
     /// Whether an active invalidation covers a frame of `range`. The caller has found one active.
-    #[inline]
-    pub(crate) fn overlap(&self, range: GfnRange, ordering: Ordering) -> Overlap {
+    pub(crate) fn overlap(&self, range: GfnRange, ordering: Ordering) -> bool {
         let (first, behind) = (range.start.as_u64(), range.end.as_u64());
         if self.coverage == Coverage::Exact && self.untracked.load(ordering) == 0 {
-            let covered = self
+            return self
                 .tracked
                 .iter()
                 .any(|entry| entry.start.load(ordering) < behind && first < entry.end.load(ordering));
-            return if covered { Overlap::Yes } else { Overlap::No };
         }
         let (start, end) = (self.start.load(ordering), self.end.load(ordering));
-        match start {
-            SENTINEL => Overlap::Torn,
-            start if first < end && start < behind => Overlap::Yes,
-            _ => Overlap::No,
-        }
+        start < behind && first < end
     }
 
-    /// Before the count is raised, with all ranges; `first`: it was 0.
-    pub(crate) fn begin_with(&self, first: bool, ranges: impl Iterator<Item = GfnRange> + Clone) -> Tracks {
+    /// Before the count is raised, with all ranges and their `hull`; `is_first`: it was 0.
+    pub(crate) fn begin(
+        &self,
+        is_first: bool,
+        hull: GfnRange,
+        ranges: impl Iterator<Item = GfnRange>,
+    ) -> Tracks {
         // Release: who reads what is written here reads what the ends before it bumped.
         let ordering = mutation::unless(Mutation::BeginRelaxed, Ordering::Release);
-        let now = GfnRange::new(
-            Gfn::new(self.start.load(Ordering::Relaxed)),
-            Gfn::new(self.end.load(Ordering::Relaxed)),
-        );
-        let active = (!first).then_some(now);
-        if let Some(hull) = active.into_iter().chain(ranges.clone()).reduce(GfnRange::hull) {
-            self.start.store(hull.start.as_u64(), ordering);
-            self.end.store(hull.end.as_u64(), ordering);
-        }
+        let now = |word: &AtomicU64| Gfn::new(word.load(Ordering::Relaxed));
+        let hull = match is_first {
+            true => hull,
+            false => GfnRange::new(now(&self.start), now(&self.end)).hull(hull),
+        };
+        self.start.store(hull.start.as_u64(), ordering);
+        self.end.store(hull.end.as_u64(), ordering);
         let tracks = self.track(ranges, ordering);
         if self.coverage == Coverage::Exact && tracks == Tracks::default() {
             self.untracked.store(self.untracked.load(Ordering::Relaxed) + 1, ordering);
         }
         tracks
-    }
-
-    /// Before the count is raised; `first`: it was 0. The ranges follow.
-    pub(crate) fn begin(&self, first: bool) {
-        // Release: who reads emptied bounds reads what the ends before it bumped.
-        let ordering = mutation::unless(Mutation::BeginRelaxed, Ordering::Release);
-        if first {
-            self.start.store(SENTINEL, ordering);
-            self.end.store(SENTINEL, ordering);
-        }
-        if self.coverage == Coverage::Exact {
-            self.untracked.store(self.untracked.load(Ordering::Relaxed) + 1, ordering);
-        }
-    }
-
-    /// Widens the hull.
-    pub(crate) fn add(&self, range: GfnRange) {
-        let hull = match self.start.load(Ordering::Relaxed) {
-            SENTINEL => range,
-            start => GfnRange::new(Gfn::new(start), Gfn::new(self.end.load(Ordering::Relaxed))).hull(range),
-        };
-        let ordering = mutation::unless(Mutation::BeginRelaxed, Ordering::Release);
-        self.start.store(hull.start.as_u64(), ordering);
-        self.end.store(hull.end.as_u64(), ordering);
-    }
-
-    /// Whether a range was added since an invalidation last began with none active.
-    pub(crate) fn has_any(&self) -> bool {
-        self.start.load(Ordering::Relaxed) != SENTINEL
     }
 
     /// Notes all of the ranges, if there are entries enough.
@@ -185,7 +142,7 @@ impl Ranges {
         tracks
     }
 
-    /// After the sequence was bumped, before the count is dropped.
+    /// After the sequence was bumped.
     pub(crate) fn end(&self, tracks: Tracks) {
         match self.coverage {
             Coverage::Hull => {}
@@ -199,7 +156,7 @@ impl Ranges {
     fn free(&self, tracks: Tracks) {
         for (index, entry) in self.tracked.iter().enumerate() {
             if tracks.0 & 1 << index != 0 {
-                entry.set(SENTINEL, 0, Ordering::Release);
+                entry.set(FREE, 0, Ordering::Release);
             }
         }
     }

@@ -26,22 +26,24 @@ const STEP: u32 = 4;
 #[derive(Debug)]
 pub(crate) struct ReaderWord {
     section: AtomicU32,
+    /// Between a section's start and the look that follows. Here, so that a fault has it on a line that it writes anyway.
+    barrier: Barrier,
 }
 
 impl ReaderWord {
-    pub(crate) fn new() -> Self {
-        Self { section: AtomicU32::new(0) }
+    pub(crate) fn new(barrier: Barrier) -> Self {
+        Self { section: AtomicU32::new(0), barrier }
     }
 
     /// Enters the section with this number (any number that differs from the last one's).
     #[inline]
-    pub(crate) fn enter(&self, number: u32, barrier: Barrier) {
+    pub(crate) fn enter(&self, number: u32) {
         // Release: an updater may wait for the last section and find this one. What was done there comes before all
         // the same.
         let ordering = mutation::unless(Mutation::SectionEnterRelaxed, Ordering::Release);
         self.section.store(number.wrapping_mul(STEP) | INSIDE, ordering);
         if !mutation::active(Mutation::ReaderWithoutFence) {
-            barrier.light();
+            self.barrier.light();
         }
     }
 

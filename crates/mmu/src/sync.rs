@@ -11,10 +11,9 @@
 //! | lock `rin` | reader arrives, add | Acquire | the writer's Release when it leaves: its changes are seen |
 //! | lock `rout` | reader leaves, add | Release | the next writer's Acquire: it sees what readers installed |
 //! | lock `wout` | writer leaves, add | Release | the next writer's Acquire |
-//! | `in_progress` | raise, under lock | Release | `verify`'s Acquire without the lock: who reads the new count, with an announcement, finds the range; by hints whenever it gets there |
-//! | `in_progress` | drop, under lock | Release | `wait`'s and hint's Acquire: "over" implies "sequence bumped" |
-//! | `sequence` | bump, under lock | Release | `snapshot`'s Acquire: who sees the new number sees the new pages |
-//! | `start`, `end` | under lock | Release | `verify`'s Acquire: who reads bounds that were emptied by a later begin reads the sequence that the earlier end bumped |
+//! | invalidations' words | raise, under lock | Release | `verify`'s Acquire without the lock: who reads the new count, with an announcement, finds the range; by hints whenever it gets there |
+//! | invalidations' words | drop and bump, under lock | Release | `snapshot`'s Acquire: who sees the new number sees the new pages |
+//! | `start`, `end` | under lock | Release | `verify`'s Acquire: who reads bounds that were changed by a later begin reads the sequence that the earlier end bumped |
 //! | exact ranges, `untracked` | under lock | Release | `verify`'s Acquire: as for the bounds; an end empties them behind the bump |
 //! | intent word | announce: store + light barrier | Release | begin's words + heavy barrier: the vCPU sees the range, or the invalidation sees the announcement. Release: as for the reader word |
 //! | intent word | clear: store | Release | the drain's Acquire: the zap finds what was installed |

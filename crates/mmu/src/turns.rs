@@ -33,7 +33,8 @@
 //! invalidation that may not block never looks. Nothing rests on it: turns are fairness, never safety.
 
 use crate::addr::{Gfn, GfnRange};
-use crate::intent::{ACTIVE, GENERATION, ONE_GENERATION, encode, names};
+use crate::block::Block;
+use crate::intent::{ACTIVE, BLOCK_SHIFT, GENERATION, ONE_GENERATION, names};
 use crate::mutation::{self, Mutation};
 use crate::platform::Platform;
 use crate::slots::SpaceId;
@@ -131,12 +132,12 @@ impl Claim {
     }
 
     /// Claims a turn for `block`, unless one is claimed already. No barrier: nothing rests on it.
-    pub(crate) fn claim(&self, block: GfnRange) {
+    pub(crate) fn claim(&self, block: Block) {
         let word = self.word.load(Ordering::Relaxed);
         if word & ACTIVE == 0 {
             // Only its owner makes a quiet word active.
             let generation = (word & GENERATION).wrapping_add(ONE_GENERATION);
-            self.word.store(generation | encode(block) | ACTIVE, Ordering::Relaxed);
+            self.word.store(generation | block.bits() << BLOCK_SHIFT | ACTIVE, Ordering::Relaxed);
         }
     }
 

@@ -4,7 +4,8 @@ use alloc::sync::Arc;
 use core::cell::Cell;
 use core::fmt;
 
-use crate::addr::{Gfn, GfnRange, Hva, HvaRange};
+use crate::addr::{Gfn, Hva, HvaRange};
+use crate::block::Block;
 use crate::dirty_ring::DirtyRing;
 use crate::fault::Path;
 use crate::flush::Flush;
@@ -95,7 +96,7 @@ impl<'m, S: SecondaryMmu> Vcpu<'m, S> {
     /// # Panics
     /// If the policy says `mmu_lock`.
     #[inline]
-    pub fn announce(&mut self, block: GfnRange) -> Intent<'_, S::Platform> {
+    pub fn announce(&mut self, block: Block) -> Intent<'_, S::Platform> {
         assert_eq!(self.mmu.policy.witness, WitnessKind::Intent, "invalidations would not wait for it");
         self.mmu.announce(&self.shared, block)
     }
@@ -191,7 +192,7 @@ impl<'m, S: SecondaryMmu> Vcpu<'m, S> {
                     self.end_turn();
                 }
                 if self.retries.retried(fault.space, fault.gfn, S::Platform::now_ns()) >= turns.after {
-                    self.shared.claim.claim(*range);
+                    self.shared.claim.claim(Block::around(*range));
                     self.stage.set(Stage::Claimed(fault.space, fault.gfn));
                 }
             }

@@ -23,7 +23,7 @@ use core::fmt;
 
 use crate::addr::GfnRange;
 use crate::flush::{Flush, FlushWords};
-use crate::intent::{Barrier, Barriers, IntentWord, Waited};
+use crate::intent::{Barrier, Barriers, IntentWord, IntentWords, Waited};
 use crate::mutation::{self, Mutation};
 use crate::platform::Platform;
 use crate::readers::{ReaderWord, wait_for_readers};
@@ -48,12 +48,12 @@ const OUTSIDE: u32 = 0;
 const IN_GUEST: u32 = 1;
 const EXITING: u32 = 2;
 
-/// The words of one vCPU. Only their owner writes `reader`, `intent` and `counters`; requesters write the handshake words.
+/// The words of one vCPU. Only their owner writes `reader`, `intents` and `counters`; requesters write the handshake words.
 #[derive(Debug)]
 pub(crate) struct VcpuShared {
     pub(crate) id: usize,
     pub(crate) reader: CachePadded<ReaderWord>,
-    pub(crate) intent: CachePadded<IntentWord>,
+    pub(crate) intents: IntentWords,
     /// The frames that it claims the next turn for.
     pub(crate) claim: CachePadded<Claim>,
     pub(crate) counters: CachePadded<FaultCounters>,
@@ -71,8 +71,8 @@ impl VcpuShared {
     pub(crate) fn new(id: usize, barriers: Barriers) -> Self {
         Self {
             id,
-            reader: CachePadded(ReaderWord::new()),
-            intent: CachePadded(IntentWord::new(barriers)),
+            reader: CachePadded(ReaderWord::new(barriers.announce)),
+            intents: IntentWords::new(barriers),
             claim: CachePadded(Claim::new()),
             counters: CachePadded(FaultCounters::new()),
             handshake: CachePadded(Handshake {
@@ -221,11 +221,6 @@ impl<P: Platform> VcpuWords<P> {
         }
     }
 
-    #[inline]
-    pub(crate) fn barriers(&self) -> Barriers {
-        self.barriers
-    }
-
     /// A word for a walk by who is no vCPU; `None` if all are taken.
     pub(crate) fn visit(&self) -> Option<Visit<'_>> {
         let free = |visitor: &&CachePadded<Visitor>| {
@@ -234,20 +229,21 @@ impl<P: Platform> VcpuWords<P> {
         self.visitors.iter().find(free).map(|visitor| Visit(visitor))
     }
 
-    /// Returns when nobody holds an intent that was announced before the call for frames that `covers` says yes to.
+    /// Returns when nobody holds an intent that was announced before the call for frames that `covers` says yes to, all of
+    /// them in `frames`.
     /// Whoever announces one later sees what the caller published before the call. Holds up nobody else: no lock of the
     /// caller's may be needed by who installs.
-    pub(crate) fn drain(&self, covers: impl Fn(GfnRange) -> bool) -> Waited {
+    pub(crate) fn drain(&self, frames: GfnRange, covers: impl Fn(GfnRange) -> bool) -> Waited {
         if !mutation::active(Mutation::DrainWithoutFence) {
             self.barriers.announce.heavy::<P>();
         }
         let mut waited = Waited::No;
         if !mutation::active(Mutation::BeginWithoutDrain) {
             self.for_each_announced(
-                |vcpu| vcpu.intent.named(&covers),
+                |vcpu| vcpu.intents.named(frames, &covers),
                 |vcpu, seen| {
                     waited = Waited::Yes;
-                    vcpu.intent.wait_out::<P>(seen);
+                    vcpu.intents.wait_out::<P>(seen);
                 },
             );
         }
@@ -267,10 +263,10 @@ impl<P: Platform> VcpuWords<P> {
 
     /// Waits, for each vCPU in turn, for what `look` finds there. Nothing is locked and nothing allocated meanwhile: vCPUs may
     /// come and go. Who comes announces behind the caller's barrier, and need not be looked at.
-    fn for_each_announced(
+    fn for_each_announced<A>(
         &self,
-        look: impl Fn(&VcpuShared) -> Option<u64>,
-        mut wait: impl FnMut(&VcpuShared, u64),
+        look: impl Fn(&VcpuShared) -> Option<A>,
+        mut wait: impl FnMut(&VcpuShared, A),
     ) {
         let mut next = 0;
         loop {
@@ -278,10 +274,10 @@ impl<P: Platform> VcpuWords<P> {
                 let words = self.words.read();
                 let from = words.iter().filter(|vcpu| vcpu.id >= next);
                 let waiting = from.filter_map(|vcpu| Some((vcpu, look(vcpu)?)));
-                waiting.min_by_key(|(vcpu, _)| vcpu.id).map(|(vcpu, seen)| (Arc::clone(vcpu), seen))
+                waiting.min_by_key(|(vcpu, _)| vcpu.id).map(|(vcpu, found)| (Arc::clone(vcpu), found))
             };
-            let Some((vcpu, seen)) = found else { return };
-            wait(&vcpu, seen);
+            let Some((vcpu, found)) = found else { return };
+            wait(&vcpu, found);
             // In the order of their numbers, each once: what they announce next is none of the caller's business.
             next = vcpu.id + 1;
         }
@@ -289,7 +285,7 @@ impl<P: Platform> VcpuWords<P> {
 
     /// Whether any vCPU has announced anything.
     pub(crate) fn is_announced(&self) -> bool {
-        self.words.read().iter().any(|vcpu| vcpu.intent.announced().is_some())
+        self.words.read().iter().any(|vcpu| vcpu.intents.announced().is_some())
     }
 
     /// Returns when nobody walks who could have found a table that was unlinked before the call; holders of `mmu_lock` and
@@ -299,7 +295,10 @@ impl<P: Platform> VcpuWords<P> {
             return;
         }
         self.barriers.announce.heavy::<P>();
-        self.for_each_announced(|vcpu| vcpu.intent.announced(), |vcpu, seen| vcpu.intent.wait_out::<P>(seen));
+        self.for_each_announced(
+            |vcpu| vcpu.intents.announced(),
+            |vcpu, seen| vcpu.intents.wait_out::<P>(seen),
+        );
         for visitor in &self.visitors {
             if let Some(seen) = visitor.intent.announced() {
                 visitor.intent.wait_out::<P>(seen);

@@ -65,8 +65,12 @@ rules! {
     an_end_bumps_the_sequence: EndKeepsSequence is noticed by
         precheck::any_end_since_the_snapshot_is_a_retry,
         precheck::a_page_looked_up_before_an_end_is_not_installed_after_it;
-    an_end_bumps_every_region_it_touched: EndForgetsLastRegion is noticed by
-        words::an_end_counts_in_the_regions_it_touched;
+    an_invalidation_counts_in_every_region_it_touches: LastRegionForgotten is noticed by
+        words::an_invalidation_counts_in_the_regions_it_touches;
+    a_drain_looks_at_every_region: DrainForgetsLastRegion is noticed by
+        intents::an_invalidation_waits_for_blocks_around_its_frames;
+    a_drain_looks_at_blocks_that_span_regions: DrainForgetsSpanning is noticed by
+        intents::an_invalidation_waits_for_blocks_around_its_frames;
     the_snapshot_comes_first: SnapshotAfterFaultIn is noticed by
         precheck::a_page_looked_up_before_an_end_is_not_installed_after_it;
     a_zap_is_complete: ZapForgetsLastFrame is noticed by

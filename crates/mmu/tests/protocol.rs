@@ -64,6 +64,8 @@ tests! {
         an_invalidation_waits_parked_for_an_install_of_its_frames,
         a_slow_install_holds_nobody_else_up,
         an_announced_block_is_verified_like_a_fault,
+        an_invalidation_waits_for_blocks_around_its_frames,
+        an_intent_of_other_frames_is_refused,
     }
     invalidation {
         when_it_has_begun_nothing_maps_the_range,
@@ -142,11 +144,12 @@ tests! {
         an_invalidation_waits_for_a_guest_that_holds_a_translation,
     }
     words {
-        what_is_not_paired_is_told,
+        what_would_hold_nothing_back_does_not_begin,
+        more_than_can_be_counted_do_not_begin,
         a_verdict_knows_range_and_sequence,
-        an_end_counts_in_the_regions_it_touched,
-        a_witness_of_another_machine_is_refused,
-        a_lock_given_up_before_the_range_refuses_everything,
+        an_invalidation_counts_in_the_regions_it_touches,
+        a_hull_holds_back_only_where_something_is_active,
+        what_belongs_to_another_machine_is_refused,
         guards_give_the_lock_up_on_every_way_out,
         a_panic_while_the_lock_is_given_up_does_not_unlock_it_twice,
     }

@@ -35,9 +35,9 @@ use core::fmt;
 use core::num::NonZeroU32;
 
 use afterimage_mmu::{
-    Access, Age, CachedMmio, FastFault, Fault, FaultKind, Found, Fresh, Gfn, GfnRange, MachineId, Mapped,
-    Memslot, PageRef, PageSize, Pfn, Platform, Retired, SecondaryMmu, SlotFlags, SlotSet, SpaceId, Walker,
-    Walking, Young, Zap, ZapWalk,
+    Access, Age, Block, CachedMmio, FastFault, Fault, FaultKind, Found, Fresh, Gfn, GfnRange, MachineId,
+    Mapped, Memslot, PageRef, PageSize, Pfn, Platform, Retired, SecondaryMmu, SlotFlags, SlotSet, SpaceId,
+    Walker, Walking, Young, Zap, ZapWalk,
 };
 
 use crate::format::{Execute, Format, Leaf, MemoryType, Writable};
@@ -215,7 +215,7 @@ impl<F: Format, H: Host> SecondaryMmu for Stage2<F, H> {
     }
 
     #[inline]
-    fn block(&self, slot: &Memslot, gfn: Gfn) -> GfnRange {
+    fn block(&self, slot: &Memslot, gfn: Gfn) -> Block {
         self.largest_block(slot, gfn)
     }
 
@@ -277,7 +277,7 @@ impl<F: Format, H: Host> SecondaryMmu for Stage2<F, H> {
         tables.map(fault.gfn, self.leaf(slot, fault, page, size), cache)
     }
 
-    fn poison(&self, _fresh: Fresh<'_>, slot: &Memslot) -> Result<Mapped, MapError> {
+    fn poison(&self, _fresh: Fresh<'_>, slot: &Memslot, _gfn: Gfn) -> Result<Mapped, MapError> {
         // Absent is poisoned: see the module documentation.
         match self.root(slot.space) {
             Some(_) => Ok(Mapped::Fixed),

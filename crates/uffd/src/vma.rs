@@ -28,7 +28,7 @@ use core::sync::atomic::{AtomicU32, Ordering, fence};
 use std::sync::Arc;
 
 use afterimage_mmu::{
-    Age, Fault, Flush, Found, Fresh, Gfn, GfnRange, HvaRange, Mapped, Memslot, PageRef, PageSize,
+    Age, Block, Fault, Flush, Found, Fresh, Gfn, GfnRange, Hva, HvaRange, Mapped, Memslot, PageRef, PageSize,
     SecondaryMmu, VcpuWords, Walk, Walking, Young, Zap, ZapWalk, Zapped,
 };
 use rustix::event::{EventfdFlags, eventfd};
@@ -238,18 +238,24 @@ impl<Page> UffdMmu<Page> {
     }
 }
 
+impl<Page> UffdMmu<Page> {
+    /// The frames of the page behind `gfn`.
+    fn page_of(&self, slot: &Memslot, gfn: Gfn) -> GfnRange {
+        let bytes = self.page_size().bytes();
+        let start = Hva::new(slot.hva_of(gfn).as_u64() & !(bytes - 1));
+        slot.gfns_in(HvaRange::new(start, start + bytes))
+    }
+}
+
 impl<Page: VmaPage> SecondaryMmu for UffdMmu<Page> {
     type Platform = Linux;
     type Page = Page;
     type Cache = ();
     type Error = UffdError;
 
-    fn block(&self, slot: &Memslot, gfn: Gfn) -> GfnRange {
-        let bytes = self.page_size().bytes();
-        let hva = slot.hva_of(gfn).as_u64();
-        let start = afterimage_mmu::Hva::new(hva & !(bytes - 1));
-        let page = HvaRange::new(start, start + bytes);
-        slot.gfns_in(page)
+    fn block(&self, slot: &Memslot, gfn: Gfn) -> Block {
+        // Guest frames need not be aligned as the pages behind them are.
+        Block::around(self.page_of(slot, gfn))
     }
 
     fn map(
@@ -260,7 +266,9 @@ impl<Page: VmaPage> SecondaryMmu for UffdMmu<Page> {
         page: &Page,
         _cache: &mut (),
     ) -> Result<Mapped, UffdError> {
-        let range = slot.hvas_of(fresh.range());
+        let page_gfns = self.page_of(slot, fault.gfn);
+        debug_assert!(fresh.range().covers(page_gfns), "the verdict is about other frames");
+        let range = slot.hvas_of(page_gfns);
         let mapped = match page.place() {
             _ if fault.found == Found::Present => {
                 self.on_part(range, Operation::WriteProtect, |uffd| uffd.write_unprotect(range, Wake::Now))
@@ -277,8 +285,10 @@ impl<Page: VmaPage> SecondaryMmu for UffdMmu<Page> {
         mapped.or_else(|error| self.fail_closed(range, error))
     }
 
-    fn poison(&self, fresh: Fresh<'_>, slot: &Memslot) -> Result<Mapped, UffdError> {
-        let range = slot.hvas_of(fresh.range());
+    fn poison(&self, fresh: Fresh<'_>, slot: &Memslot, gfn: Gfn) -> Result<Mapped, UffdError> {
+        let page_gfns = self.page_of(slot, gfn);
+        debug_assert!(fresh.range().covers(page_gfns), "the verdict is about other frames");
+        let range = slot.hvas_of(page_gfns);
         self.on_part(range, Operation::Poison, |uffd| uffd.poison(range, Wake::Now))
     }
 

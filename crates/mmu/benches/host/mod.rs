@@ -96,7 +96,7 @@ impl SecondaryMmu for Words {
         }
     }
 
-    fn poison(&self, _fresh: Fresh<'_>, _slot: &Memslot) -> Result<Mapped, &'static str> {
+    fn poison(&self, _fresh: Fresh<'_>, _slot: &Memslot, _gfn: Gfn) -> Result<Mapped, &'static str> {
         Err("no page is ever lost here")
     }
 

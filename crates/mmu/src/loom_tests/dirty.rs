@@ -50,7 +50,7 @@ impl SecondaryMmu for OneEntry {
         Err("the fast path is enough")
     }
 
-    fn poison(&self, _: Fresh<'_>, _: &Memslot) -> Result<Mapped, &'static str> {
+    fn poison(&self, _: Fresh<'_>, _: &Memslot, _: Gfn) -> Result<Mapped, &'static str> {
         Err("no page is ever lost here")
     }
 

@@ -55,7 +55,7 @@ impl SecondaryMmu for OneEntry {
         Ok(Mapped::Fixed)
     }
 
-    fn poison(&self, _: Fresh<'_>, _: &Memslot) -> Result<Mapped, &'static str> {
+    fn poison(&self, _: Fresh<'_>, _: &Memslot, _: Gfn) -> Result<Mapped, &'static str> {
         Err("no page is ever lost here")
     }
 

@@ -8,30 +8,35 @@ use loom::thread;
 
 use super::{RACE, STUCK, fails_without, holds};
 use crate::addr::{Gfn, GfnRange};
+use crate::block::Block;
 use crate::intent::{Barrier, Intent, Walker};
-use crate::invalidation::SequenceScope;
+use crate::invalidation::{Begun, SequenceScope};
 use crate::mmu_lock::MmuLock;
 use crate::mutation::Mutation;
 use crate::platform::Platform;
 use crate::platform::model::{Loom, LoomSpin};
-use crate::ranges::{Coverage, Tracks};
+use crate::ranges::Coverage;
 use crate::vcpu_words::{VcpuShared, VcpuWords};
 
 const FRAME: GfnRange = GfnRange::frame(Gfn::new(4));
 /// The huge page around it.
 const BLOCK: GfnRange = GfnRange::new(Gfn::new(4), Gfn::new(6));
+/// Beyond the region.
+const SPANNING: GfnRange = GfnRange::new(Gfn::new(4), Gfn::new(8));
+/// In the same region.
+const NEIGHBOUR: GfnRange = GfnRange::frame(Gfn::new(5));
 /// In another region.
 const ELSEWHERE: GfnRange = GfnRange::frame(Gfn::new(6));
 
 /// Frames that are taken away one by one and shown as one block, and who shows them.
-struct Block<P: Platform> {
+struct Frames<P: Platform> {
     lock: MmuLock<P>,
     words: VcpuWords<P>,
     page: AtomicU64,
     entry: AtomicU64,
 }
 
-impl<P: Platform> Block<P> {
+impl<P: Platform> Frames<P> {
     fn new(scope: SequenceScope) -> Arc<Self> {
         Self::with(scope, Coverage::Hull)
     }
@@ -46,41 +51,40 @@ impl<P: Platform> Block<P> {
     }
 
     /// A fault of `block`, as the path has it. The page is looked up and installed without any ordering of its own.
-    fn fault(&self, vcpu: &VcpuShared, block: GfnRange) {
+    fn fault(&self, vcpu: &VcpuShared, frames: GfnRange) {
+        let block = Block::around(frames);
         let invalidations = self.lock.invalidations();
-        let since = invalidations.snapshot_of(block);
+        let since = invalidations.snapshot(block);
         let page = self.page.load(Ordering::Relaxed);
-        let intent = Intent::<P>::announce(&vcpu.intent, invalidations, block);
-        if invalidations.verify(&intent, since, block).is_ok() {
+        let intent = Intent::<P>::announce(vcpu.intents.of(block), invalidations, block);
+        if invalidations.verify(&intent, since).is_ok() {
             self.entry.store(page, Ordering::Relaxed);
         }
         drop(intent);
     }
 
-    fn begin(&self, range: GfnRange) -> Tracks {
-        let mut guard = self.lock.write();
-        let tracks = guard.begin_with(core::iter::once(range));
-        drop(guard);
-        self.words.drain(|block| block.overlaps(range));
-        tracks
+    fn begin(&self, range: GfnRange) -> Begun {
+        let begun = self.lock.write().begin(core::iter::once(range)).expect("it has frames");
+        self.words.drain(range, |block| block.overlaps(range));
+        begun
     }
 
     /// An invalidation of the frame that replaces the page.
     fn replace(&self, page: u64) {
-        let tracks = self.begin(FRAME);
+        let begun = self.begin(FRAME);
         self.entry.store(0, Ordering::Relaxed);
         // The old page is freed here. Nothing may show it, or anything else, until the end.
         self.page.store(page, Ordering::Relaxed);
         assert_eq!(self.entry.load(Ordering::Relaxed), 0, "stale: installed inside");
         let mut guard = self.lock.write();
         assert_eq!(self.entry.load(Ordering::Relaxed), 0, "stale: installed inside");
-        guard.end_tracked(FRAME, tracks).expect("it has begun and has a range");
+        guard.end(begun);
     }
 
-    /// An invalidation of another frame.
-    fn elsewhere(&self) {
-        let tracks = self.begin(ELSEWHERE);
-        self.lock.write().end_tracked(ELSEWHERE, tracks).expect("it has begun and has a range");
+    /// An invalidation of other frames.
+    fn take_away(&self, range: GfnRange) {
+        let begun = self.begin(range);
+        self.lock.write().end(begun);
     }
 
     fn assert_not_stale(&self) {
@@ -89,11 +93,11 @@ impl<P: Platform> Block<P> {
     }
 }
 
-fn one_fault(scope: SequenceScope, range: GfnRange, act: impl FnOnce(&Block<Loom>)) {
-    one_fault_with(&Block::new(scope), range, act);
+fn one_fault(scope: SequenceScope, range: GfnRange, act: impl FnOnce(&Frames<Loom>)) {
+    one_fault_with(&Frames::new(scope), range, act);
 }
 
-fn one_fault_with(block: &Arc<Block<Loom>>, range: GfnRange, act: impl FnOnce(&Block<Loom>)) {
+fn one_fault_with(block: &Arc<Frames<Loom>>, range: GfnRange, act: impl FnOnce(&Frames<Loom>)) {
     let vcpu = block.words.register();
     let other = Arc::clone(block);
     let faulting = thread::spawn(move || other.fault(&vcpu, range));
@@ -122,18 +126,23 @@ fn a_fault_against_two_changes_in_turn() {
     });
 }
 
-/// The one that covers the frame is over, and another is active that has emptied the bounds.
+/// The same of a block that no one region holds.
+fn a_fault_across_regions_against_an_invalidation() {
+    one_fault(SequenceScope::Region, SPANNING, |block| block.replace(2));
+}
+
+/// The one that covers the frame is over, and another is active that has changed the bounds.
 fn a_fault_against_two_ranges_in_turn() {
     one_fault(SequenceScope::Region, FRAME, |block| {
         block.replace(2);
-        block.elsewhere();
+        block.take_away(NEIGHBOUR);
     });
 }
 
 /// The same vCPU faults again: its second announcement is not taken for its first.
 fn two_faults_against_an_invalidation() {
     // Nobody parks: the fence that parking takes would stand for the ordering of the second announcement.
-    let block = Block::<LoomSpin>::new(SequenceScope::Global);
+    let block = Frames::<LoomSpin>::new(SequenceScope::Global);
     let vcpu = block.words.register();
     let other = Arc::clone(&block);
     let faulting = thread::spawn(move || {
@@ -146,7 +155,7 @@ fn two_faults_against_an_invalidation() {
 }
 
 fn two_vcpus_against_an_invalidation() {
-    let block = Block::<Loom>::new(SequenceScope::Global);
+    let block = Frames::<Loom>::new(SequenceScope::Global);
     let vcpus = [(); 2].map(|()| {
         let (vcpu, other) = (block.words.register(), Arc::clone(&block));
         thread::spawn(move || other.fault(&vcpu, FRAME))
@@ -160,33 +169,38 @@ fn two_vcpus_against_an_invalidation() {
 
 /// Its range in an entry, alone.
 fn a_fault_against_an_exact_range() {
-    one_fault_with(&Block::with(SequenceScope::Region, Coverage::Exact), FRAME, |block| block.replace(2));
+    one_fault_with(&Frames::with(SequenceScope::Region, Coverage::Exact), FRAME, |block| block.replace(2));
 }
 
 /// The entry of the one that is over is used by the next, of another frame.
 fn a_fault_against_a_reused_entry() {
-    one_fault_with(&Block::with(SequenceScope::Region, Coverage::Exact), FRAME, |block| {
+    one_fault_with(&Frames::with(SequenceScope::Region, Coverage::Exact), FRAME, |block| {
         block.replace(2);
-        block.elsewhere();
+        block.take_away(NEIGHBOUR);
     });
 }
 
 /// Two invalidators at once, one of them of the frame.
 fn a_fault_against_two_invalidators() {
-    two_invalidators(Coverage::Hull);
+    two_invalidators(Coverage::Hull, ELSEWHERE);
+}
+
+/// Both in one region.
+fn a_fault_against_two_invalidators_of_its_region() {
+    two_invalidators(Coverage::Hull, NEIGHBOUR);
 }
 
 /// And only one entry: whoever comes second is known to the hull alone.
 fn a_fault_against_two_invalidators_and_one_entry() {
-    two_invalidators(Coverage::Exact);
+    two_invalidators(Coverage::Exact, NEIGHBOUR);
 }
 
-fn two_invalidators(coverage: Coverage) {
-    let block = Block::<Loom>::with(SequenceScope::Region, coverage);
+fn two_invalidators(coverage: Coverage, other_range: GfnRange) {
+    let block = Frames::<Loom>::with(SequenceScope::Region, coverage);
     let vcpu = block.words.register();
     let (other, neighbour) = (Arc::clone(&block), Arc::clone(&block));
     let faulting = thread::spawn(move || other.fault(&vcpu, FRAME));
-    let elsewhere = thread::spawn(move || neighbour.elsewhere());
+    let elsewhere = thread::spawn(move || neighbour.take_away(other_range));
     block.replace(2);
     faulting.join().expect("the fault does not panic");
     elsewhere.join().expect("the invalidation does not panic");
@@ -228,7 +242,7 @@ fn walks_against_a_free<P: Platform>(walks: usize) {
     let (vcpu, other) = (links.words.register(), Arc::clone(&links));
     let walking = thread::spawn(move || {
         let machine = MmuLock::<Loom>::new().invalidations().machine();
-        let mut walker = Walker::new(&vcpu.intent, machine);
+        let mut walker = Walker::new(vcpu.intents.of_walks(), machine);
         for _ in 0..walks {
             other.walk(&mut walker);
         }
@@ -268,7 +282,9 @@ fn loom_no_stale_entry_survives_without_the_lock() {
     holds("intent, two ranges in turn", 3, a_fault_against_two_ranges_in_turn);
     holds("two intents in turn, invalidation", 3, two_faults_against_an_invalidation);
     holds("two vCPUs, invalidation", 2, two_vcpus_against_an_invalidation);
+    holds("intent across regions, invalidation", 4, a_fault_across_regions_against_an_invalidation);
     holds("intent, two invalidators", 2, a_fault_against_two_invalidators);
+    holds("intent, two invalidators of its region", 2, a_fault_against_two_invalidators_of_its_region);
 }
 
 #[test]
@@ -283,7 +299,9 @@ fn loom_each_rule_of_an_exact_range_is_needed() {
     for rule in [Mutation::EndRangesFirst, Mutation::EndKeepsSequence, Mutation::BeginWithoutDrain] {
         fails_without(rule, &["stale: "], 3, a_fault_against_an_exact_range);
     }
-    fails_without(Mutation::VerifyRelaxed, &["stale: "], 3, a_fault_against_a_reused_entry);
+    for rule in [Mutation::VerifyRelaxed, Mutation::VerifyLooksOnce] {
+        fails_without(rule, &["stale: "], 3, a_fault_against_a_reused_entry);
+    }
     fails_without(Mutation::BeginRelaxed, &["stale: "], 3, a_fault_against_a_reused_entry);
 }
 
@@ -310,8 +328,14 @@ fn loom_each_rule_of_an_intent_is_needed() {
         fails_without(rule, &["stale: "], 3, a_fault_against_an_invalidation);
     }
     fails_without(Mutation::EndCountFirst, &["stale: "], 3, a_fault_against_an_invalidation);
+    let region = a_fault_against_an_invalidation_of_its_region;
+    fails_without(Mutation::DrainForgetsLastRegion, &["stale: "], 3, region);
+    let across = a_fault_across_regions_against_an_invalidation;
+    fails_without(Mutation::DrainForgetsSpanning, &["stale: "], 3, across);
     fails_without(Mutation::AnnounceRelaxed, &["stale: "], 4, two_faults_against_an_invalidation);
-    fails_without(Mutation::VerifyRelaxed, &["stale: "], 3, a_fault_against_two_ranges_in_turn);
+    for rule in [Mutation::VerifyRelaxed, Mutation::VerifyLooksOnce] {
+        fails_without(rule, &["stale: "], 3, a_fault_against_two_ranges_in_turn);
+    }
     fails_without(Mutation::BeginRelaxed, &["stale: "], 3, a_fault_against_two_ranges_in_turn);
     fails_without(Mutation::ClearWithoutFence, STUCK, 3, a_fault_against_an_invalidation);
 }

@@ -6,7 +6,7 @@ use loom::sync::atomic::{AtomicUsize, Ordering};
 use loom::thread;
 
 use super::{NoPage, RACE, fails_without, holds};
-use crate::addr::{GfnRange, Pfn};
+use crate::addr::{Gfn, GfnRange, Pfn};
 use crate::flush::Flush;
 use crate::guest_mmu::{GuestMmu, Policy, YieldPolicy};
 use crate::host::{Fault, Mapped, SecondaryMmu, Zap};
@@ -55,7 +55,7 @@ impl SecondaryMmu for Roots {
         Err("nothing is mapped here")
     }
 
-    fn poison(&self, _: Fresh<'_>, _: &Memslot) -> Result<Mapped, &'static str> {
+    fn poison(&self, _: Fresh<'_>, _: &Memslot, _: Gfn) -> Result<Mapped, &'static str> {
         Err("nothing is mapped here")
     }
 

@@ -23,12 +23,12 @@ impl Versions {
         Arc::new(Self {
             published: AtomicUsize::new(0),
             versions: [UnsafeCell::new(()), UnsafeCell::new(())],
-            words: [ReaderWord::new(), ReaderWord::new()],
+            words: [(); 2].map(|()| ReaderWord::new(Barrier::Symmetric)),
         })
     }
 
     fn look(&self, word: usize, section: u32) {
-        self.words[word].enter(section, Barrier::Symmetric);
+        self.words[word].enter(section);
         self.versions[self.published.load(Ordering::Acquire)].with(|_| ());
         self.words[word].leave::<Loom>();
     }

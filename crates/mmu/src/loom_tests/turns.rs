@@ -4,7 +4,8 @@ use loom::sync::Arc;
 use loom::thread;
 
 use super::{STUCK, fails_without, holds};
-use crate::addr::{Gfn, GfnRange};
+use crate::addr::Gfn;
+use crate::block::Block;
 use crate::mutation::Mutation;
 use crate::platform::Platform;
 use crate::platform::model::Loom;
@@ -47,7 +48,7 @@ fn let_go_first(claim: &Claim) {
 
 fn a_claim_is_given_back() {
     let claim = Arc::new(Claim::new());
-    claim.claim(GfnRange::frame(Gfn::new(4)));
+    claim.claim(Block::frame(Gfn::new(4)));
     let other = Arc::clone(&claim);
     let invalidation = thread::spawn(move || let_go_first(&other));
     claim.give_back::<Patient>();
@@ -57,13 +58,13 @@ fn a_claim_is_given_back() {
 /// The next claim of the same frame is none of the business of who waited for the one before.
 fn a_claim_is_given_back_and_made_again() {
     let claim = Arc::new(Claim::new());
-    claim.claim(GfnRange::frame(Gfn::new(4)));
+    claim.claim(Block::frame(Gfn::new(4)));
     let invalidations = [(); 2].map(|()| {
         let other = Arc::clone(&claim);
         thread::spawn(move || let_go_first(&other))
     });
     claim.give_back::<Patient>();
-    claim.claim(GfnRange::frame(Gfn::new(4)));
+    claim.claim(Block::frame(Gfn::new(4)));
     claim.give_back::<Patient>();
     for invalidation in invalidations {
         invalidation.join().expect("waiting does not panic");

@@ -1,9 +1,9 @@
 //! Only `verify` makes a verdict.
 
-use afterimage_mmu::{Fresh, GfnRange};
+use afterimage_mmu::{Block, Fresh};
 
-fn forge(range: GfnRange) -> Fresh<'static> {
-    Fresh { range, witness: core::marker::PhantomData }
+fn forge(block: Block) -> Fresh<'static> {
+    Fresh { block, witness: core::marker::PhantomData }
 }
 
 fn main() {}

@@ -1,9 +1,9 @@
 //! A backport of the change compared a guest frame with a range of host addresses: it compiled, and did nothing.
 
-use afterimage_mmu::{Blocking, Gfn, GfnRange, GuestMmu, Hva, HvaRange, SecondaryMmu, Snapshot, Zap};
+use afterimage_mmu::{Block, Blocking, Gfn, GfnRange, GuestMmu, Hva, HvaRange, SecondaryMmu, Zap};
 
-fn doomed<S: SecondaryMmu>(mmu: &GuestMmu<S>, since: Snapshot, hvas: HvaRange) -> bool {
-    mmu.hint(since, hvas).is_some()
+fn doomed<S: SecondaryMmu>(mmu: &GuestMmu<S>, hvas: HvaRange) -> bool {
+    mmu.hint(mmu.invalidations().snapshot(Block::around(hvas))).is_some()
 }
 
 fn invalidate<S: SecondaryMmu>(mmu: &GuestMmu<S>, gfns: GfnRange) {

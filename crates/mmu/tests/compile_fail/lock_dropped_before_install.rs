@@ -1,6 +1,6 @@
 //! A verdict is worth something only while the lock is held.
 
-use afterimage_mmu::{Fault, GfnRange, Memslot, MmuLock, Platform, SecondaryMmu};
+use afterimage_mmu::{Block, Fault, Memslot, MmuLock, Platform, SecondaryMmu};
 
 fn dropped<P: Platform, S: SecondaryMmu>(
     lock: &MmuLock<P>,
@@ -10,10 +10,9 @@ fn dropped<P: Platform, S: SecondaryMmu>(
     page: &S::Page,
     cache: &mut S::Cache,
 ) {
-    let range = GfnRange::frame(fault.gfn);
-    let since = lock.invalidations().snapshot();
+    let since = lock.invalidations().snapshot(Block::frame(fault.gfn));
     let guard = lock.read();
-    if let Ok(fresh) = lock.invalidations().verify(&guard, since, range) {
+    if let Ok(fresh) = lock.invalidations().verify(&guard, since) {
         drop(guard);
         let _ = tables.map(fresh, slot, fault, page, cache);
     }
@@ -27,10 +26,9 @@ fn given_way<P: Platform, S: SecondaryMmu>(
     page: &S::Page,
     cache: &mut S::Cache,
 ) {
-    let range = GfnRange::frame(fault.gfn);
-    let since = lock.invalidations().snapshot();
+    let since = lock.invalidations().snapshot(Block::frame(fault.gfn));
     let mut guard = lock.read();
-    if let Ok(fresh) = lock.invalidations().verify(&guard, since, range) {
+    if let Ok(fresh) = lock.invalidations().verify(&guard, since) {
         guard.bump();
         let _ = tables.map(fresh, slot, fault, page, cache);
     }

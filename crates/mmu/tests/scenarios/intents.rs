@@ -1,9 +1,10 @@
 //! Faults that announce what they install: who waits for them, and who does not.
 
 use core::sync::atomic::{AtomicBool, Ordering};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use afterimage_mmu::{Access, FaultOutcome, Gfn, GfnRange, Policy, Stale, WitnessKind};
+use afterimage_mmu::{Access, Block, FaultOutcome, Gfn, GfnRange, Policy, Stale, WitnessKind};
 
 use crate::support::gate::{Finished, Gate, Opened, Parks};
 use crate::support::hooks::Point;
@@ -71,16 +72,51 @@ pub(crate) fn a_slow_install_holds_nobody_else_up() {
 pub(crate) fn an_announced_block_is_verified_like_a_fault() {
     let machine = machine();
     let mut guest = machine.guest();
-    let (frame, words) = (GfnRange::frame(Gfn::new(3)), machine.mmu.invalidations());
-    let since = words.snapshot_of(frame);
+    let (frame, words) = (Block::frame(Gfn::new(3)), machine.mmu.invalidations());
+    let since = words.snapshot(frame);
     let intent = guest.vcpu.announce(frame);
-    assert_eq!(words.verify(&intent, since, frame).map(|fresh| fresh.range()), Ok(frame));
+    assert_eq!(words.verify(&intent, since).map(|fresh| fresh.range()), Ok(frame.range()));
     drop(intent);
     let invalidation = machine.invalidate(3, 4);
     let intent = guest.vcpu.announce(frame);
-    assert_eq!(words.verify(&intent, since, frame).map(|fresh| fresh.range()), Err(Stale::Covered));
+    assert_eq!(words.verify(&intent, since).map(|fresh| fresh.range()), Err(Stale::Covered));
     drop((intent, invalidation));
     let intent = guest.vcpu.announce(frame);
-    assert_eq!(words.verify(&intent, since, frame).map(|fresh| fresh.range()), Err(Stale::SequenceMoved));
+    assert_eq!(words.verify(&intent, since).map(|fresh| fresh.range()), Err(Stale::SequenceMoved));
     drop(intent);
+}
+
+/// A block in one region, and one that spans several; the invalidation is of a part, and of more.
+pub(crate) fn an_invalidation_waits_for_blocks_around_its_frames() {
+    for (block, taken) in
+        [((0, 512), (3, 4)), ((0, 1024), (3, 4)), ((512, 1024), (3, 1000)), ((0, 1024), (600, 601))]
+    {
+        let machine = Machine::bare(Policy { witness: WitnessKind::Intent, ..both() });
+        machine.mmu.create_slot(machine.slot(0, 0, 1024, 0)).expect("the first slot is in nobody's way");
+        let (mut guest, parks) = (machine.guest(), Arc::new(Parks::default()));
+        let announced = Block::around(GfnRange::new(Gfn::new(block.0), Gfn::new(block.1)));
+        std::thread::scope(|scope| {
+            let intent = guest.vcpu.announce(announced);
+            let invalidating = scope.spawn(|| {
+                let _finished = Finished(&parks);
+                tell_when_parked(&parks);
+                drop(machine.invalidate(taken.0, taken.1));
+            });
+            parks.until(1);
+            assert!(!invalidating.is_finished(), "{announced} was not waited for");
+            drop(intent);
+        });
+        assert_eq!(machine.mmu.invalidation_stats().drains, 1, "{announced}");
+        assert_eq!(machine.mmu.invalidation_stats().completed, 1, "{announced}");
+    }
+}
+
+pub(crate) fn an_intent_of_other_frames_is_refused() {
+    let machine = machine();
+    let mut guest = machine.guest();
+    let words = machine.mmu.invalidations();
+    let since = words.snapshot(Block::frame(Gfn::new(4)));
+    let intent = guest.vcpu.announce(Block::frame(Gfn::new(3)));
+    let verdict = AssertUnwindSafe(|| drop(words.verify(&intent, since)));
+    assert!(catch_unwind(verdict).is_err(), "nobody would wait for it");
 }

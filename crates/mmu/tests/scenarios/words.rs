@@ -1,8 +1,10 @@
 //! The bare words and the lock around them, for those who build their own notifier.
 
-use std::panic::catch_unwind;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use afterimage_mmu::{Coverage, Gfn, GfnRange, InvalidationError, MmuLock, SequenceScope, Stale};
+use afterimage_mmu::{
+    Begun, Block, Coverage, Gfn, GfnRange, InvalidationError, MmuLock, MmuWriteGuard, SequenceScope, Stale,
+};
 
 use crate::support::platform::Threads;
 
@@ -10,64 +12,86 @@ fn gfns(start: u64, end: u64) -> GfnRange {
     GfnRange::new(Gfn::new(start), Gfn::new(end))
 }
 
-pub(crate) fn what_is_not_paired_is_told() {
+fn block(start: u64, end: u64) -> Block {
+    Block::around(gfns(start, end))
+}
+
+fn begin(lock: &MmuLock<Threads>, range: GfnRange) -> Begun {
+    lock.write().begin(core::iter::once(range)).expect("it has frames")
+}
+
+pub(crate) fn what_would_hold_nothing_back_does_not_begin() {
     let lock = MmuLock::<Threads>::new();
     let mut guard = lock.write();
-    assert_eq!(guard.add_range(gfns(0, 1)), Err(InvalidationError::AddWithoutBegin(gfns(0, 1))));
-    assert_eq!(guard.end(), Err(InvalidationError::EndWithoutBegin));
+    let nothing = [gfns(5, 5), gfns(0, 0)];
+    assert_eq!(guard.begin(nothing.into_iter()).err(), Some(InvalidationError::NoFrames));
     assert_eq!(lock.invalidations().in_progress(), 0);
-    guard.begin();
-    assert_eq!(guard.add_range(gfns(5, 5)), Err(InvalidationError::EmptyRange(gfns(5, 5))));
-    assert_eq!(guard.end(), Err(InvalidationError::EndWithoutRange));
-    assert_eq!(lock.invalidations().in_progress(), 0, "the end took place");
-    guard.begin();
-    assert_eq!(guard.add_range(gfns(0, 1)), Ok(()));
-    assert_eq!(guard.end(), Ok(()));
-    let told = InvalidationError::AddWithoutBegin(gfns(1, 3)).to_string();
-    assert_eq!(told, "the range [0x1, 0x3) was added while no invalidation is active: call begin first");
+    let begun = guard.begin([gfns(5, 5), gfns(0, 1)].into_iter()).expect("it has a frame");
+    assert_eq!(lock.invalidations().in_progress(), 1);
+    guard.end(begun);
+    assert_eq!(lock.invalidations().in_progress(), 0);
+    let told = InvalidationError::NoFrames.to_string();
+    assert_eq!(told, "an invalidation of no frames was begun: it would hold no fault back");
+}
+
+pub(crate) fn more_than_can_be_counted_do_not_begin() {
+    let lock = MmuLock::<Threads>::with(SequenceScope::Region, Coverage::Exact);
+    let mut guard = lock.write();
+    let begin = |guard: &mut MmuWriteGuard<'_, Threads>| guard.begin(core::iter::once(gfns(0, 1)));
+    let mut begun: Vec<_> =
+        (0..u16::MAX).map(|_| begin(&mut guard).expect("there are less than 65535")).collect();
+    assert_eq!(begin(&mut guard).err(), Some(InvalidationError::TooMany));
+    let since = lock.invalidations().snapshot(block(0, 1));
+    assert_eq!(lock.invalidations().hint(since), Some(Stale::Covered));
+    guard.end(begun.pop().expect("there are many"));
+    begun.push(begin(&mut guard).expect("one has ended"));
+    begun.into_iter().for_each(|begun| guard.end(begun));
+    drop(guard);
+    let words = lock.invalidations();
+    assert_eq!(words.in_progress(), 0);
+    assert_eq!(words.hint(since), Some(Stale::SequenceMoved));
+    assert!(words.verify(&lock.read(), words.snapshot(block(0, 1))).is_ok());
 }
 
 pub(crate) fn a_verdict_knows_range_and_sequence() {
     let lock = MmuLock::<Threads>::new();
     let words = lock.invalidations();
-    let before = words.snapshot();
-    {
-        let mut guard = lock.write();
-        guard.begin();
-        guard.add_range(gfns(4, 8)).expect("it has begun");
-    }
-    for (range, doomed) in [(gfns(3, 4), false), (gfns(4, 5), true), (gfns(7, 9), true), (gfns(8, 9), false)]
-    {
+    let cases = [
+        (gfns(3, 4), false),
+        (gfns(4, 5), true),
+        (gfns(7, 9), true),
+        (gfns(8, 9), false),
+        (gfns(4, 8), true),
+    ];
+    let before = cases.map(|(frames, _)| words.snapshot(Block::around(frames)));
+    let begun = begin(&lock, gfns(4, 8));
+    for ((frames, doomed), before) in cases.into_iter().zip(before) {
         let witness = lock.read();
-        let expected = doomed.then_some(Stale::Covered);
-        assert_eq!(words.hint(before, range), expected, "{range}");
-        assert_eq!(words.verify(&witness, before, range).err(), expected, "{range}");
-        assert_eq!(words.covers(range), doomed, "{range}");
+        for since in [before, words.snapshot(Block::around(frames))] {
+            let expected = doomed.then_some(Stale::Covered);
+            assert_eq!(words.hint(since), expected, "{frames}");
+            assert_eq!(words.verify(&witness, since).err(), expected, "{frames}");
+        }
+        assert_eq!(words.covers(frames), doomed, "{frames}");
     }
-    lock.write().end().expect("it has begun and has a range");
+    lock.write().end(begun);
     let witness = lock.read();
-    assert_eq!(words.hint(before, gfns(40, 41)), Some(Stale::SequenceMoved));
-    assert_eq!(words.verify(&witness, before, gfns(40, 41)).err(), Some(Stale::SequenceMoved));
-    let since = words.snapshot();
-    assert_eq!(words.verify(&witness, since, gfns(4, 8)).expect("it is over").range(), gfns(4, 8));
+    for before in before {
+        assert_eq!(words.hint(before), Some(Stale::SequenceMoved));
+        assert_eq!(words.verify(&witness, before).err(), Some(Stale::SequenceMoved));
+    }
+    let since = words.snapshot(block(4, 8));
+    assert_eq!(words.verify(&witness, since).expect("it is over").range(), gfns(4, 8));
 }
 
 /// Frames in a region.
 const REGION: u64 = 512;
 
-fn invalidate_once(lock: &MmuLock<Threads>, range: GfnRange) {
-    let mut guard = lock.write();
-    guard.begin();
-    guard.add_range(range).expect("it has begun");
-    drop(guard);
-    lock.write().end_of(range).expect("it has begun and has a range");
-}
-
-pub(crate) fn an_end_counts_in_the_regions_it_touched() {
+pub(crate) fn an_invalidation_counts_in_the_regions_it_touches() {
     let lock = MmuLock::<Threads>::with(SequenceScope::Region, Coverage::Hull);
     let words = lock.invalidations();
     let here = gfns(3 * REGION + 7, 3 * REGION + 8);
-    let block = gfns(3 * REGION, 4 * REGION);
+    let whole = gfns(3 * REGION, 4 * REGION);
     let across = gfns(4 * REGION - 1, 4 * REGION + 1);
     // An invalidated range, and which of the three it fails.
     for (range, moved) in [
@@ -78,47 +102,48 @@ pub(crate) fn an_end_counts_in_the_regions_it_touched() {
         (gfns(100 * REGION, 101 * REGION), [false, false, true]),
         (gfns(0, 1 << 40), [true, true, true]),
     ] {
-        let since = [here, block, across].map(|frames| words.snapshot_of(frames));
-        invalidate_once(&lock, range);
+        let since = [here, whole, across].map(|frames| words.snapshot(Block::around(frames)));
+        let begun = begin(&lock, range);
+        lock.write().end(begun);
         let witness = lock.read();
-        for ((frames, since), moved) in [here, block, across].into_iter().zip(since).zip(moved) {
+        for (since, moved) in since.into_iter().zip(moved) {
             let expected = moved.then_some(Stale::SequenceMoved);
-            assert_eq!(words.hint(since, frames), expected, "{range} ended, {frames}");
-            assert_eq!(words.verify(&witness, since, frames).err(), expected, "{range} ended, {frames}");
+            assert_eq!(words.hint(since), expected, "{range} ended, {}", since.block());
+            assert_eq!(words.verify(&witness, since).err(), expected, "{range} ended, {}", since.block());
         }
     }
-    // An end that does not say where counts everywhere; a snapshot of other frames counts nowhere.
-    let since = words.snapshot_of(here);
-    let mut guard = lock.write();
-    guard.begin();
-    guard.add_range(gfns(0, 1)).expect("it has begun");
-    guard.end().expect("it has begun and has a range");
-    drop(guard);
-    let witness = lock.read();
-    assert_eq!(words.verify(&witness, since, here).err(), Some(Stale::SequenceMoved));
     // Nothing is refused for a range of nothing, not even at the very bottom.
-    assert_eq!(words.hint(words.snapshot_of(gfns(0, 0)), gfns(0, 0)), None);
-    let foreign = words.snapshot_of(gfns(0, 1));
-    assert_eq!(words.verify(&witness, foreign, here).err(), Some(Stale::SequenceMoved));
+    assert_eq!(words.hint(words.snapshot(block(0, 0))), None);
 }
 
-pub(crate) fn a_witness_of_another_machine_is_refused() {
-    let (here, there) = (MmuLock::<Threads>::new(), MmuLock::<Threads>::new());
-    let since = here.invalidations().snapshot();
-    let foreign = || drop(here.invalidations().verify(&there.read(), since, gfns(0, 1)));
-    assert!(catch_unwind(foreign).is_err(), "it keeps nothing still here");
-}
-
-pub(crate) fn a_lock_given_up_before_the_range_refuses_everything() {
-    let lock = MmuLock::<Threads>::new();
-    let since = lock.invalidations().snapshot();
-    lock.write().begin();
-    let refused = || lock.invalidations().verify(&lock.read(), since, gfns(0, 1)).is_err();
-    if cfg!(debug_assertions) {
-        catch_unwind(core::panic::AssertUnwindSafe(refused)).expect_err("a debug build says so");
-    } else {
-        assert!(refused());
+/// Between two ranges that are far apart nobody is held back, even by the hull: their regions are quiet.
+pub(crate) fn a_hull_holds_back_only_where_something_is_active() {
+    let lock = MmuLock::<Threads>::with(SequenceScope::Region, Coverage::Hull);
+    let words = lock.invalidations();
+    let (low, high) = (begin(&lock, gfns(0, 1)), begin(&lock, gfns(9 * REGION, 9 * REGION + 1)));
+    for (frames, expected) in [
+        (gfns(5 * REGION, 5 * REGION + 1), None),
+        (gfns(5 * REGION - 1, 5 * REGION + 1), Some(Stale::Covered)),
+        (gfns(1, 2), Some(Stale::Covered)),
+        (gfns(9 * REGION, 9 * REGION + 1), Some(Stale::Covered)),
+    ] {
+        let since = words.snapshot(Block::around(frames));
+        assert_eq!(words.hint(since), expected, "{frames}");
+        assert_eq!(words.verify(&lock.read(), since).err(), expected, "{frames}");
+        assert_eq!(words.covers(frames), expected.is_some(), "{frames}");
     }
+    lock.write().end(low);
+    lock.write().end(high);
+}
+
+pub(crate) fn what_belongs_to_another_machine_is_refused() {
+    let (here, there) = (MmuLock::<Threads>::new(), MmuLock::<Threads>::new());
+    let since = here.invalidations().snapshot(block(0, 1));
+    let foreign = || drop(here.invalidations().verify(&there.read(), since));
+    assert!(catch_unwind(foreign).is_err(), "it keeps nothing still here");
+    let begun = begin(&here, gfns(0, 1));
+    let foreign = AssertUnwindSafe(|| there.write().end(begun));
+    assert!(catch_unwind(foreign).is_err(), "it never began there");
 }
 
 pub(crate) fn guards_give_the_lock_up_on_every_way_out() {
@@ -148,7 +173,7 @@ pub(crate) fn a_panic_while_the_lock_is_given_up_does_not_unlock_it_twice() {
     let lock = MmuLock::<Threads>::new();
     let mut writer = lock.write();
     let bump = || writer.bump_with(|| panic!("deliberately, without the lock"));
-    catch_unwind(core::panic::AssertUnwindSafe(bump)).expect_err("it panicked");
+    catch_unwind(AssertUnwindSafe(bump)).expect_err("it panicked");
     assert!(lock.try_read().is_none(), "the guard holds the lock");
     drop(writer);
     // Given up twice, the turn would have passed a writer that never comes.

@@ -3,9 +3,9 @@
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use afterimage_mmu::{
-    Access, Age, CachedMmio, FastFault, Fault, FaultKind, Flush, Fresh, Gfn, GfnRange, Mapped, Memslot,
-    PageRef, PageSize, Pfn, SecondaryMmu, SlotFlags, SpaceId, VcpuWords, Walk, Walker, Walking, Young, Zap,
-    ZapWalk, Zapped,
+    Access, Age, Block, CachedMmio, FastFault, Fault, FaultKind, Flush, Fresh, Gfn, GfnRange, Mapped,
+    Memslot, PageRef, PageSize, Pfn, SecondaryMmu, SlotFlags, SpaceId, VcpuWords, Walk, Walker, Walking,
+    Young, Zap, ZapWalk, Zapped,
 };
 
 use super::frames::Page;
@@ -139,11 +139,11 @@ impl SecondaryMmu for FlatTable {
     type Cache = Topped;
     type Error = &'static str;
 
-    fn block(&self, slot: &Memslot, gfn: Gfn) -> GfnRange {
+    fn block(&self, slot: &Memslot, gfn: Gfn) -> Block {
         if self.huge.load(Ordering::Relaxed) {
-            gfn.block(PageSize::Size2M).intersection(slot.gfns())
+            Block::around(gfn.block(PageSize::Size2M).intersection(slot.gfns()))
         } else {
-            GfnRange::frame(gfn)
+            Block::frame(gfn)
         }
     }
 
@@ -210,14 +210,15 @@ impl SecondaryMmu for FlatTable {
         Ok(mapped)
     }
 
-    fn poison(&self, fresh: Fresh<'_>, slot: &Memslot) -> Result<Mapped, &'static str> {
+    fn poison(&self, fresh: Fresh<'_>, slot: &Memslot, gfn: Gfn) -> Result<Mapped, &'static str> {
         if self.refuse.load(Ordering::Relaxed) {
             return Err("the table refuses");
         }
         if self.lose_races.load(Ordering::Relaxed) {
             return Ok(Mapped::LostRace);
         }
-        self.word(slot.space, fresh.range().start).store(POISON, Ordering::Release);
+        assert!(fresh.range().contains(gfn), "the verdict is about other frames");
+        self.word(slot.space, gfn).store(POISON, Ordering::Release);
         Ok(Mapped::Fixed)
     }
 

@@ -1,7 +1,7 @@
 //! An install with everything around it: snapshot, hint, witness, verdict, and the walker's protection.
 
 use afterimage_mmu::{
-    Access, Barrier, FRAME_BYTES, Fault, FaultKind, Found, Gfn, GfnRange, GuestMmu, Hva, Mapped, Memslot,
+    Access, Barrier, Block, FRAME_BYTES, Fault, FaultKind, Found, Gfn, GuestMmu, Hva, Mapped, Memslot,
     MmuLock, PageRef, PageSize, PageUse, Pfn, Policy, Privacy, SecondaryMmu, SlotId, SpaceId, Vcpu,
     WitnessKind,
 };
@@ -82,10 +82,10 @@ impl Install for Mapper<'_> {
         let tables = mmu.secondary();
         assert!(tables.top_up(cache));
         let block = tables.block(slot, gfn);
-        let since = mmu.invalidations().snapshot_of(block);
-        assert!(mmu.hint(since, block).is_none());
+        let since = mmu.invalidations().snapshot(block);
+        assert!(mmu.hint(since).is_none());
         let intent = vcpu.announce(block);
-        let fresh = mmu.invalidations().verify(&intent, since, block).expect("nobody invalidates");
+        let fresh = mmu.invalidations().verify(&intent, since).expect("nobody invalidates");
         tables.map(fresh, slot, &fault, &Number(pfn), cache)
     }
 }
@@ -117,11 +117,11 @@ impl Install for LockedMapper<'_> {
         let Self { locked: Locked { lock, tables }, cache } = self;
         let words = lock.invalidations();
         assert!(tables.top_up(cache));
-        let block = GfnRange::frame(gfn);
-        let since = words.snapshot_of(block);
-        assert!(words.hint(since, block).is_none());
+        let block = Block::frame(gfn);
+        let since = words.snapshot(block);
+        assert!(words.hint(since).is_none());
         let witness = lock.read();
-        let fresh = words.verify(&witness, since, block).expect("nobody invalidates");
+        let fresh = words.verify(&witness, since).expect("nobody invalidates");
         let mapped = tables.map(gfn, leaf(pfn), cache);
         drop(fresh);
         mapped

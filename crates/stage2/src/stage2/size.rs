@@ -15,7 +15,9 @@
 //!
 //! Source: Linux `kvm_mmu_hugepage_adjust`, `kvm_max_level_for_fault_and_order`.
 
-use afterimage_mmu::{FRAME_BYTES, Fault, Fresh, Gfn, GfnRange, Memslot, PageRef, PageSize, SlotFlags};
+use afterimage_mmu::{
+    Block, FRAME_BYTES, Fault, Fresh, Gfn, GfnRange, Memslot, PageRef, PageSize, SlotFlags,
+};
 
 use super::{Host, Stage2};
 use crate::format::Format;
@@ -36,14 +38,14 @@ impl<F: Format, H: Host> Stage2<F, H> {
 
     /// The largest block around `gfn` that the slot allows.
     #[inline]
-    pub(super) fn largest_block(&self, slot: &Memslot, gfn: Gfn) -> GfnRange {
+    pub(super) fn largest_block(&self, slot: &Memslot, gfn: Gfn) -> Block {
         if self.large.largest == PageSize::Size4K || mutation::active(Mutation::LargeBeyondVerdict) {
-            return GfnRange::frame(gfn);
+            return Block::frame(gfn);
         }
         LARGE
             .into_iter()
             .find(|size| self.slot_allows(slot, gfn, *size))
-            .map_or(GfnRange::frame(gfn), |size| gfn.block(size))
+            .map_or(Block::frame(gfn), |size| Block::of(gfn, size))
     }
 
     /// The largest leaf that can be installed for `fault`, which `page` answers.
