@@ -86,6 +86,13 @@ mod tests {
         });
     }
 
+    #[test]
+    fn a_thread_that_parks_for_a_while_needs_nobody_to_wake_it() {
+        let word = AtomicU32::new(0);
+        Linux::wait_for(&word, 0, 1_000);
+        Linux::wait_for(&word, 1, u64::MAX);
+    }
+
     /// Two threads that each store and then look: with the barrier on one side alone, one of them sees the other.
     #[test]
     fn a_heavy_barrier_spares_the_other_side_its_fence() {
