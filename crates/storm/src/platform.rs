@@ -2,9 +2,10 @@
 //!
 //! User space cannot see the kernel's wish to reschedule. So a storm with more threads than CPUs has a thread that ticks, and at a
 //! tick each thread is asked to give way that has used up a slice of CPU time since it was asked last: as a timer interrupt finds it that
-//! finds somebody else runnable. A tick while a thread waits for a CPU asks it for nothing. It is asked for more than by a kernel, where
-//! a thread with a CPU to itself is never asked, and may lose the CPU besides, which costs a kernel's zap no flush of its own. Waiting for `mmu_lock` is a spin, as in KVM, and a sleep only after longer than any holder has it that runs. A kernel's holder is
-//! not preempted; one here can be, so in such a storm whoever spins lets others run now and then.
+//! finds somebody else runnable. That is more than a kernel asks, where a thread with a CPU to itself goes on, and where a tick that
+//! comes while a thread waits for a CPU is not seen by it: here it is, later, which makes the longer a zap waits for a CPU the likelier one
+//! that falls into it. Waiting for `mmu_lock` is a spin, as in KVM, and a sleep only after longer than any holder has it that runs. A
+//! kernel's holder is not preempted; one here can be, so in such a storm whoever spins lets others run now and then.
 
 use core::cell::{Cell, RefCell};
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
