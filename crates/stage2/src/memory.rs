@@ -64,17 +64,29 @@ pub unsafe trait TableMemory: Clone + PartialEq + fmt::Debug + Send + Sync + 'st
 /// Most tables that one install can link: one for each level below the highest root.
 const CACHED: usize = 4;
 
-/// Zeroed table pages that one vCPU keeps at hand.
+/// Zeroed table pages that one vCPU keeps at hand, and where its last install went.
 #[derive(Debug)]
 pub struct TableCache<M: TableMemory> {
     memory: Option<M>,
     pages: [Pfn; CACHED],
     filled: usize,
+    pub(crate) last: LastTable,
+}
+
+/// The table that an install went to. The module `near` says when it can be used again.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LastTable {
+    /// Which frames it translates, and its level: see `near`.
+    pub(crate) at: u64,
+    /// The era of its tables; none has the era 0.
+    pub(crate) era: u64,
+    pub(crate) table: Pfn,
 }
 
 impl<M: TableMemory> Default for TableCache<M> {
     fn default() -> Self {
-        Self { memory: None, pages: [Pfn::new(0); CACHED], filled: 0 }
+        let last = LastTable { at: 0, era: 0, table: Pfn::new(0) };
+        Self { memory: None, pages: [Pfn::new(0); CACHED], filled: 0, last }
     }
 }
 

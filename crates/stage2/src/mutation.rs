@@ -14,6 +14,10 @@ pub enum Mutation {
     RemovedTableThaws = 1,
     /// A removed table is freed at once (rule F3).
     FreeAtOnce,
+    /// Tables keep their era when a table is taken out of them.
+    EraStays,
+    /// The era is written and read with relaxed accesses.
+    EraRelaxed,
     /// What is below a root that was replaced is freed before vCPUs have reloaded.
     FreeBeforeReload,
     /// A large leaf is split in one exchange where the architecture demands break-before-make.

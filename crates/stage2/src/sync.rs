@@ -14,6 +14,7 @@
 //! | entry | table for leaf, leaf for table | Release | a walk's Acquire: who follows the link finds the parts, who reads the leaf the pages | `ReplaceRelaxed` |
 //! | entry | make again what was broken | Release | the same | `PublishRelaxed` |
 //! | entry | unlink a table | Relaxed | nothing: who frees the table waits for the walkers | |
+//! | era | end, behind the exchange that takes a table out | Release | a walk's Acquire: who walks in the new era does not find the table | `EraRelaxed` |
 //! | root | replace | AcqRel | a walk's Acquire: who finds the new root sees it zeroed | |
 //! | counts of tables | all | Relaxed | nothing: they are a limit and a statistic | |
 //! | blocks that were fetched from | all | Relaxed | nothing: what they say is looked up in the tables | |
@@ -71,6 +72,11 @@ mod scheduled {
     }
 
     impl AtomicU64 {
+        /// See [`atomic::AtomicU64::new`].
+        pub const fn new(value: u64) -> Self {
+            Self(atomic::AtomicU64::new(value))
+        }
+
         /// See [`atomic::AtomicU64::load`].
         pub fn load(&self, ordering: Ordering) -> u64 {
             point();

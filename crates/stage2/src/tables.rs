@@ -37,7 +37,8 @@
 //! As long as anybody can find it: whoever has a borrow of [`Tables`] may follow every link that he finds. [`Stage2`] gives
 //! out such borrows for the life of a [`Walking`](afterimage_mmu::Walking) alone; a table that was unlinked it hands to the
 //! engine, which flushes, waits until everyone has moved on who walked at the time, and gives it back to be freed.
-//! References to tables are made in one place, `TableRef::new`, and carry that borrow. Tables that stand alone, in no
+//! References to tables are made in one place, `TableRef::new`, and carry that borrow. What a vCPU remembers from one install to
+//! the next is a table's number, good for as long as none was taken out (`tables/near.rs`). Tables that stand alone, in no
 //! engine, may be borrowed at will: nobody frees theirs before the structure goes.
 //!
 //! Source: Linux `kvm_tdp_mmu_map`, `tdp_mmu_map_handle_target_level`, `tdp_mmu_link_sp`, `handle_removed_pt`,
@@ -50,6 +51,7 @@ mod error;
 mod freeze;
 mod map;
 mod mmio;
+mod near;
 mod reach;
 mod remove;
 mod split;
@@ -64,7 +66,7 @@ use afterimage_mmu::{Gfn, GfnRange, Level, Pfn};
 
 use crate::format::Format;
 use crate::memory::{TableCache, TableMemory};
-use crate::sync::{Ordering, Word};
+use crate::sync::{AtomicU64, Ordering, Word};
 
 pub use error::MapError;
 pub(crate) use reach::TableRef;
@@ -80,6 +82,8 @@ pub struct Tables<F: Format, M: TableMemory> {
     memory: M,
     /// The frame of the root, or [`NO_ROOT`].
     root: Word,
+    /// See the module `near`.
+    era: AtomicU64,
     format: PhantomData<F>,
 }
 
@@ -93,7 +97,8 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
     /// Empty tables; `None` if `memory` has no room for the root, or gives one that hardware could not be told of.
     pub fn new(memory: M) -> Option<Self> {
         let root = memory.allocate(F::ROOT_PAGES)?;
-        let tables = Self { memory, root: Word::new(root.as_u64()), format: PhantomData };
+        let era = AtomicU64::new(near::new_era());
+        let tables = Self { memory, root: Word::new(root.as_u64()), era, format: PhantomData };
         // Checked with the structure complete, so that a root out of reach is freed.
         F::encode_table(root).is_ok().then_some(tables)
     }
@@ -115,6 +120,7 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
     /// borrow of these tables has ended that was alive at the exchange.
     pub(crate) fn exchange_roots(&self, other: &mut ManuallyDrop<Self>) {
         *other.root.get_mut() = self.root.swap(*other.root.get_mut(), Ordering::AcqRel);
+        self.end_era();
     }
 
     /// The guest frames that the tables reach.

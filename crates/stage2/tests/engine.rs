@@ -16,6 +16,7 @@ macro_rules! every_format {
                 faults::one_by_one, faults::under_fire, yields::between_any_two_leaves,
                 large::huge_pages, large::split_and_recover, large::faults_split, large::mixed_blocks, large::never_executable, large::recovered_never_executable,
                 large::neighbours_are_verified, large::marks_are_kept, large::flushes_say_what_went, large::tables_outlive_walks,
+                near::tables_that_went_are_not_used, near::spaces_are_not_mixed_up,
                 nx::recovered, nx::logged_blocks_stay, nx::gone_blocks, nx::recovered_under_fire,
                 roots::nothing_is_left, roots::a_large_root_goes_in_steps, roots::who_is_in_the_guest_reloads_first,
                 roots::old_roots_outlive_walks, roots::marks_outlive_roots, roots::without_memory_roots_stay,

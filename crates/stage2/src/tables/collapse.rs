@@ -93,6 +93,7 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
             give_back(child.entries().len(), large);
             return None;
         }
+        self.end_era();
         if F::BREAK_BEFORE_MAKE {
             flush(gfns);
             publish(place.entry, raw);

@@ -9,7 +9,7 @@ use super::{MapError, Split, Tables};
 use crate::format::{Entry, Format, Leaf};
 use crate::memory::{TableCache, TableMemory};
 use crate::mutation::{self, Mutation};
-use crate::sync::{AtomicU64, Ordering};
+use crate::sync::Ordering;
 
 impl<F: Format, M: TableMemory> Tables<F, M> {
     /// Maps the block of `leaf.size` around `gfn` to `leaf`.
@@ -20,30 +20,18 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
     /// The caller has topped up `cache`, and knows that `leaf` is current.
     #[inline]
     pub fn map(&self, gfn: Gfn, leaf: Leaf, cache: &mut TableCache<M>) -> Result<Mapped, MapError> {
-        // Nearly always the tables are there and the entry says nothing. Then the exchange is the look, too.
+        // Nearly always the tables are there and the entry says nothing. Then the exchange is the look, too. And mostly it is in
+        // the table that the last install went to.
         let raw = F::encode_leaf(leaf)?;
         let level = leaf.size.level();
         let ordering = mutation::unless(Mutation::InstallWithoutRelease, Ordering::AcqRel);
-        if let Some(entry) = self.linked_entry(gfn, level)
+        let near = self.near_entry(gfn, level, cache);
+        if let Some(entry) = near.or_else(|| self.linked_entry(gfn, level, cache))
             && entry.compare_exchange(F::ABSENT, raw, ordering, Ordering::Relaxed).is_ok()
         {
             return Ok(Mapped::Fixed);
         }
         self.map_into(gfn, raw, level, cache)
-    }
-
-    /// The entry of `gfn` at `target`, if every table above it is linked.
-    #[inline]
-    fn linked_entry(&self, gfn: Gfn, target: Level) -> Option<&AtomicU64> {
-        if !self.reach().contains(gfn) {
-            return None;
-        }
-        let mut table = self.root_table();
-        while table.level() > target {
-            table = table
-                .child(table.entry(gfn).load(mutation::unless(Mutation::WalkRelaxed, Ordering::Acquire)))?;
-        }
-        (table.level() == target).then(|| table.entry(gfn))
     }
 
     /// Links what is missing, and looks at what is there. Takes the leaf as an entry of `level`, in a register: so that the

@@ -32,7 +32,7 @@ impl<'t, F: Format, M: TableMemory> TableRef<'t, F, M> {
     fn new(tables: &'t Tables<F, M>, frame: Pfn, entries: usize, level: Level) -> Self {
         let start = tables.memory.entries(frame);
         // SAFETY: (1) the frame came from `allocate` of this memory, with as many entries: `link` and `split` alone
-        // write links, to such frames, and what is not one of ours is not followed; (2) it is freed by `drop`, which no
+        // write links, to such frames, and what is not one of ours is not followed, nor remembered; (2) it is freed by `drop`, which no
         // borrow of the tables outlives (nor, after `exchange_roots`, one of those that had the root before), or by
         // `free`, whose caller knows that no borrow is left that could have found it; (3) entries are only ever used as atomics.
         let entries = unsafe { core::slice::from_raw_parts::<AtomicU64>(start, entries) };
@@ -99,13 +99,19 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
         TableRef::new(self, page, ENTRIES, below)
     }
 
+    /// A table of `level` that was found linked, where the era says that it is still there.
+    #[inline]
+    pub(super) fn known(&self, table: Pfn, level: Level) -> TableRef<'_, F, M> {
+        TableRef::new(self, table, ENTRIES, level)
+    }
+
     /// Frees a table that was unlinked, of `pages` pages: one, but for a root.
     ///
     /// # Safety
     ///
     /// (1) [`unlink`](Self::unlink) or [`collapse`](Self::collapse) of these tables gave `table`, or it is the whole of a root that
     /// was taken from tables in the same memory, and it was not freed since; (2) every CPU was made to forget it; (3) every borrow of these tables has ended that was alive when it
-    /// was unlinked.
+    /// was unlinked, and what later ones read of them is what was written before.
     pub unsafe fn free(&self, table: Pfn, pages: usize) {
         // SAFETY: (1) a linked frame came from this memory as one page, and has one link, a root as so many; (2) it was unlinked, so that
         // whoever still could reach it had found it before: nobody, by the caller's (2) and (3).

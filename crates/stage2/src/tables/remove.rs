@@ -79,6 +79,9 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
         }
         let next = if breaks { F::FROZEN } else { F::ABSENT };
         let unlinked = place.entry.compare_exchange(place.raw, next, Ordering::Relaxed, Ordering::Relaxed);
+        if unlinked.is_ok() {
+            self.end_era();
+        }
         match unlinked {
             Ok(_) if breaks => {
                 flush(gfns);

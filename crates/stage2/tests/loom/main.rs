@@ -26,6 +26,9 @@ where
     let _ = (rule, because, preemptions, model);
 }
 
+/// What is said when a table is used that was freed.
+const FREED: &[&str] = &["a table in use was freed", "Causality violation"];
+
 #[test]
 fn loom_installs() {
     holds("install, install", 5, two_installs);
@@ -54,6 +57,7 @@ fn loom_large_pages() {
 #[test]
 fn loom_removal() {
     holds("unlink, install", 5, unlink_and_install);
+    holds("unlink and free, install twice", 3, unlink_and_install_twice);
     holds("unlink in vain, install, walk", 3, unlink_in_vain);
 }
 
@@ -68,6 +72,7 @@ fn loom_each_ordering_is_needed() {
     fails_without(Mutation::PublishRelaxed, RACE, 2, break_and_zap);
     fails_without(Mutation::FreezeRelaxed, RACE, 2, collapse_install_and_walk);
     fails_without(Mutation::ThawRelaxed, RACE, 2, unlink_in_vain);
+    fails_without(Mutation::EraRelaxed, FREED, 3, unlink_and_install_twice);
     fails_without(Mutation::ThawRelaxed, RACE, 3, collapse_in_vain);
 }
 
@@ -77,4 +82,5 @@ fn loom_each_rule_is_needed() {
     fails_without(Mutation::CollapseWithoutFreezing, &["a write is lost"], 3, collapse_and_write);
     fails_without(Mutation::ZapSkipsFrozen, &["it is zapped"], 2, break_and_zap);
     fails_without(Mutation::FrozenOverwritten, &["an install is lost"], 3, unlink_and_install);
+    fails_without(Mutation::EraStays, FREED, 3, unlink_and_install_twice);
 }

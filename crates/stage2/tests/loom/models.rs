@@ -13,7 +13,7 @@ use afterimage_stage2::{
 };
 use loom::cell::UnsafeCell;
 use loom::sync::Arc;
-use loom::sync::atomic::{AtomicU64, Ordering};
+use loom::sync::atomic::{AtomicU64, Ordering, fence};
 use loom::thread;
 
 use crate::memory;
@@ -297,6 +297,34 @@ pub(crate) fn unlink_and_install() {
         // SAFETY: (1) it was unlinked above; (2) and (3): whoever else used the tables has ended.
         unsafe { machine.tables.free(table, 1) };
     }
+}
+
+/// Two installs by one vCPU, each announced as the engine does it; the table goes meanwhile, and is freed as the engine does it.
+pub(crate) fn unlink_and_install_twice() {
+    let machine = Machine::<X86>::with(SECOND, page(513));
+    let announced = Arc::new(AtomicU64::new(0));
+    let announces = Arc::clone(&announced);
+    let installs = other(&machine, move |machine| {
+        let mut cache = machine.cache();
+        for (nth, gfn) in [(1, FIRST), (2, SECOND)] {
+            announces.store(nth, Ordering::Release);
+            fence(Ordering::SeqCst);
+            let _ = machine.tables.map(gfn, page(gfn.as_u64()), &mut cache).expect("nothing is in the way");
+            announces.store(0, Ordering::Release);
+        }
+    });
+    let removed = machine.tables.unlink(FIRST, PageSize::Size4K.level(), |_| ()).expect("there is a table");
+    fence(Ordering::SeqCst);
+    let seen = announced.load(Ordering::Acquire);
+    while seen != 0 && announced.load(Ordering::Acquire) == seen {
+        thread::yield_now();
+    }
+    if let Some(table) = removed.table {
+        // SAFETY: (1) it was unlinked above; (2) and (3): whoever could have found it has ended.
+        unsafe { machine.tables.free(table, 1) };
+    }
+    installs.join().expect("it does not panic");
+    machine.read(FIRST);
 }
 
 /// A removal that meets a table below gives it back.

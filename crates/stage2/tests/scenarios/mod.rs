@@ -4,6 +4,7 @@ pub(crate) mod dirty;
 pub(crate) mod faults;
 pub(crate) mod frozen;
 pub(crate) mod large;
+pub(crate) mod near;
 pub(crate) mod nx;
 pub(crate) mod roots;
 pub(crate) mod yields;

@@ -13,7 +13,7 @@ use crate::support::*;
 
 const BOTH: [WitnessKind; 2] = [WitnessKind::Lock, WitnessKind::Intent];
 
-fn host(block: PageSize) -> Tests {
+pub(crate) fn host(block: PageSize) -> Tests {
     Tests { block, mixed: GfnRange::new(Gfn::new(0), Gfn::new(0)) }
 }
 
