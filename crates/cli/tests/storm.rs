@@ -49,6 +49,22 @@ fn every_scenario_ends_without_a_wrong_page() {
 }
 
 #[test]
+fn nobody_takes_what_bystanders_touch() {
+    let _alone = alone();
+    let options =
+        ["--bystanders", "--duration", "20ms", "--memory", "4M", "--vcpus", "1", "--witness", "intent"];
+    let cells = storm(&options);
+    let beside: Vec<_> = cells.iter().filter(|cell| cell["load"] == "bystanders").collect();
+    assert_eq!((beside.len(), cells.len()), (6, 18), "each scenario, uncontended and quiet");
+    for cell in beside {
+        assert_eq!((&cell["wrong_pages"], &cell["witness"]), (&0.into(), &"intent".into()), "{cell}");
+        assert!(cell["latency_ns"]["inside"].is_null(), "{cell}");
+        assert!(cell["faults"].as_u64() > Some(0) && cell["invalidations"].as_u64() > Some(0), "{cell}");
+        assert!(!cell["latency_ns"]["outside"].is_null(), "{cell}");
+    }
+}
+
+#[test]
 fn the_cells_have_the_promised_shape() {
     let _alone = alone();
     let cells =
@@ -191,6 +207,8 @@ fn what_cannot_blow_is_refused_in_one_sentence() {
 fn what_contradicts_is_refused() {
     for options in [
         &["--kernel", "--simulate"][..],
+        &["--bystanders", "--simulate"],
+        &["--bystanders", "--kernel"],
         &["--kernel", "--coverage", "exact"],
         &["--kernel", "--turns", "slice"],
         &["--beside", "a.json", "--scenario", "A"],

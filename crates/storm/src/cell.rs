@@ -38,12 +38,21 @@ impl core::fmt::Display for Engine {
 pub enum Load {
     /// All of it.
     Storm,
+    /// Invalidations as in the storm, and vCPUs that fault on memory of their own, which nobody takes: what it does to them.
+    Bystanders,
     /// Invalidations with no vCPU in their way: what one costs by itself.
     Uncontended,
     /// Invalidations, and as many busy vCPUs as in the storm, none of which faults: what one costs on a machine as full.
     Busy,
     /// Faults with no invalidation: what one costs by itself.
     Quiet,
+}
+
+impl Load {
+    /// Whether policies make a difference to it; the others are what it is compared with.
+    pub fn is_storm(self) -> bool {
+        matches!(self, Self::Storm | Self::Bystanders)
+    }
 }
 
 /// One cell of the matrix: medians over its runs, and what the runs lay between.

@@ -117,7 +117,7 @@ impl Plan {
         let own = |vcpu: usize| frames(first_own + vcpu as u64 * OWN, OWN);
         let scanned = frames(0, 2 * SCANNED.min(memory / 2));
         let touch = |vcpu: usize| match scenario {
-            _ if load == Load::Quiet => Touch::Fresh(own(vcpu)),
+            _ if matches!(load, Load::Quiet | Load::Bystanders) => Touch::Fresh(own(vcpu)),
             _ if load == Load::Busy => Touch::Any(own(vcpu)),
             Scenario::A => Touch::Any(frames(0, HAMMERED)),
             Scenario::B if vcpu % 2 == 1 => Touch::Any(scanned),
@@ -187,6 +187,9 @@ mod tests {
         let taken = |gfns: &GfnRange| busy.takes.iter().any(|take| take.from.overlaps(*gfns));
         assert!(busy.touches.iter().all(|touch| matches!(touch, Touch::Any(gfns) if !taken(gfns))));
         assert_eq!((busy.touches.len(), busy.takes.len()), (2, 1));
+        let beside = plan(Load::Bystanders);
+        assert!(!beside.takes.is_empty());
+        assert_eq!(beside.touches, plan(Load::Quiet).touches, "the same faults, beside invalidations");
         let quiet = plan(Load::Quiet);
         assert!(quiet.takes.is_empty() && quiet.touches.iter().all(|touch| matches!(touch, Touch::Fresh(_))));
     }

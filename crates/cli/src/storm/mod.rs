@@ -50,7 +50,7 @@ pub(crate) fn run(args: StormArgs) -> Result<ExitCode> {
     } else {
         let outcomes = plan.matrix.run(&interrupted, |done, storm| {
             let load = match storm.load {
-                Load::Storm => storm.policies.to_string(),
+                Load::Storm | Load::Bystanders => storm.policies.to_string(),
                 Load::Uncontended => "uncontended".to_owned(),
                 Load::Busy => "busy".to_owned(),
                 Load::Quiet => "quiet".to_owned(),

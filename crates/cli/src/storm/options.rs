@@ -75,6 +75,9 @@ pub(crate) struct StormArgs {
     /// What all choices come from
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// Have the vCPUs fault on memory of their own, which nobody takes: what the storm does to bystanders
+    #[arg(long, conflicts_with_all = ["kernel", "simulate"])]
+    bystanders: bool,
     /// Blow in virtual time: any number of vCPUs and any memory, with costs measured on this machine first
     #[arg(long)]
     simulate: bool,
@@ -121,7 +124,7 @@ impl StormArgs {
         for &scenario in scenarios {
             let storm = Storm {
                 scenario,
-                load: Load::Storm,
+                load: if self.bystanders { Load::Bystanders } else { Load::Storm },
                 policies: Policies::LINUX,
                 vcpus: self.vcpus.unwrap_or(scenario.default_vcpus()),
                 threads: self.threads.unwrap_or(scenario.default_threads()),
@@ -136,7 +139,7 @@ impl StormArgs {
             }
             if !self.no_baseline {
                 // In virtual time each thread has a CPU of its own: no machine is fuller than another.
-                let busy = (!self.simulate).then_some(Load::Busy);
+                let busy = (!self.simulate && !self.bystanders).then_some(Load::Busy);
                 let baselines = [Some(Load::Uncontended), busy, Some(Load::Quiet)];
                 storms.extend(baselines.into_iter().flatten().map(|load| Storm { load, ..storm }));
             }

@@ -14,6 +14,10 @@ const COLUMN: usize = 18;
 /// Columns beside each other.
 const COLUMNS: usize = 6;
 
+/// What is said of vCPUs that the storm does not aim at.
+pub(super) const BYSTANDERS: &str =
+    "the vCPUs are bystanders: they fault on memory of their own, which nobody takes";
+
 /// Cells, whoever measured them.
 #[derive(Debug)]
 pub(crate) struct Table<'c>(pub(crate) &'c [Cell]);
@@ -105,8 +109,10 @@ fn head(cell: &Cell) -> [String; 6] {
         (Load::Quiet, _) => {
             [engine, "quiet:".into(), "no invalidations".into(), "".into(), "".into(), "".into()]
         }
-        (Load::Storm, None) => [engine, "as it is".into(), "".into(), "".into(), "".into(), "".into()],
-        (Load::Storm, Some(policies)) => [
+        (Load::Storm | Load::Bystanders, None) => {
+            [engine, "as it is".into(), "".into(), "".into(), "".into(), "".into()]
+        }
+        (Load::Storm | Load::Bystanders, Some(policies)) => [
             policies.name().map_or(engine, str::to_owned),
             format!("precheck {}", policies.precheck),
             format!("yield {}", policies.yielding),
@@ -137,6 +143,9 @@ impl Display for Table<'_> {
 fn write_block(f: &mut fmt::Formatter<'_>, scenario: Scenario, cells: &[&Cell]) -> fmt::Result {
     let first = cells[0];
     writeln!(f, "{scenario}: {}", scenario.sentence())?;
+    if cells.iter().any(|cell| cell.load == Load::Bystanders) {
+        writeln!(f, "{:NAMES$}{BYSTANDERS}", "")?;
+    }
     writeln!(
         f,
         "{:NAMES$}{} of memory, {} vCPUs, {} invalidating; medians of {} runs",

@@ -13,7 +13,8 @@ pub(crate) fn trace(outcomes: &[Outcome]) -> Value {
             (Load::Busy, _) => "busy".to_owned(),
             (Load::Quiet, _) => "quiet".to_owned(),
             (Load::Storm, Some(policies)) => policies.to_string(),
-            (Load::Storm, None) => cell.engine.to_string(),
+            (Load::Bystanders, Some(policies)) => format!("bystanders {policies}"),
+            (Load::Storm | Load::Bystanders, None) => cell.engine.to_string(),
         };
         let name = format!("{} {load}", cell.scenario);
         events.push(json!({ "ph": "M", "name": "process_name", "pid": process, "args": { "name": name } }));

@@ -140,6 +140,7 @@ pub(crate) fn run(plan: &KernelPlan) -> Result<ExitCode> {
 fn load_name(load: Load) -> &'static str {
     match load {
         Load::Storm => "storm",
+        Load::Bystanders => "bystanders",
         Load::Uncontended => "uncontended",
         Load::Busy => "busy",
         Load::Quiet => "quiet",

@@ -66,7 +66,7 @@ impl Plan {
         };
         let any = |gfns| Walk { order: TouchOrder::Random, ..Walk::over(gfns, 1, Pace::Endless) };
         let walk = |vcpu: usize| match (scenario, load) {
-            (_, Load::Quiet | Load::Uncontended | Load::Busy) => own(vcpu),
+            (_, Load::Quiet | Load::Uncontended | Load::Busy | Load::Bystanders) => own(vcpu),
             (Scenario::A, _) => any(frames(0, HAMMERED)),
             (Scenario::B, _) if !vcpu.is_multiple_of(2) => any(all),
             (Scenario::C, _) if by == By::Ksm => {

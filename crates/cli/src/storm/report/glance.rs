@@ -80,7 +80,7 @@ fn headline(cells: &[&Outcome], scenario: Scenario) -> String {
     let of = |policies: Policies| {
         let found = cells
             .iter()
-            .find(|outcome| outcome.cell.load == Load::Storm && outcome.cell.policies == Some(policies));
+            .find(|outcome| outcome.cell.load.is_storm() && outcome.cell.policies == Some(policies));
         found.map(|outcome| &outcome.cell)
     };
     match (of(Policies::BEFORE), of(Policies::LINUX)) {

@@ -70,7 +70,7 @@ pub(super) fn write(page: &mut String, cells: &[&Outcome]) -> fmt::Result {
         if values.iter().all(Option::is_none) {
             continue;
         }
-        let storms = cells.iter().zip(&values).filter(|(outcome, _)| outcome.cell.load == Load::Storm);
+        let storms = cells.iter().zip(&values).filter(|(outcome, _)| outcome.cell.load.is_storm());
         let best = storms.filter_map(|(_, value)| *value).fold(f64::INFINITY, f64::min);
         write!(page, "<tr><th scope=\"row\">{row}</th>")?;
         for (outcome, median) in cells.iter().zip(&values) {
@@ -79,7 +79,7 @@ pub(super) fn write(page: &mut String, cells: &[&Outcome]) -> fmt::Result {
                 continue;
             };
             let shade = match outcome.cell.load {
-                Load::Storm => shade(*median, best),
+                Load::Storm | Load::Bystanders => shade(*median, best),
                 Load::Uncontended | Load::Busy | Load::Quiet => 0,
             };
             let spread = match (value(&outcome.cell.min), value(&outcome.cell.max)) {

@@ -15,6 +15,7 @@ use std::fmt::Write as _;
 use afterimage_storm::{Cell, Load, Outcome, Scenario};
 
 use self::drawing::escape;
+use super::table::BYSTANDERS;
 use crate::units::show_bytes;
 
 /// The page about `outcomes`; `what` says of what machine and when they are.
@@ -38,6 +39,9 @@ fn write(page: &mut String, outcomes: &[Outcome], what: &str) -> std::fmt::Resul
         let Some(first) = here.first() else { continue };
         let Cell { memory_bytes, vcpus, threads, runs, .. } = &first.cell;
         writeln!(page, "<section id=\"{scenario}\">\n<h2>{scenario}: {}</h2>", scenario.sentence())?;
+        if here.iter().any(|outcome| outcome.cell.load == Load::Bystanders) {
+            writeln!(page, "<p class=\"what\">{BYSTANDERS}.</p>")?;
+        }
         writeln!(
             page,
             "<p class=\"what\">{} of memory, {vcpus} vCPUs, {threads} invalidating; medians of {runs} runs, distributions of \
@@ -59,8 +63,8 @@ fn name(cell: &Cell) -> (String, String) {
         (Load::Uncontended, _) => ("uncontended".to_owned(), "no faults in the way".to_owned()),
         (Load::Busy, _) => ("busy".to_owned(), "vCPUs that do not fault".to_owned()),
         (Load::Quiet, _) => ("quiet".to_owned(), "no invalidations".to_owned()),
-        (Load::Storm, None) => (cell.engine.to_string(), "as it is".to_owned()),
-        (Load::Storm, Some(policies)) => match policies.name() {
+        (Load::Storm | Load::Bystanders, None) => (cell.engine.to_string(), "as it is".to_owned()),
+        (Load::Storm | Load::Bystanders, Some(policies)) => match policies.name() {
             Some(name) => (name.to_owned(), policies.to_string()),
             None => (policies.to_string(), String::new()),
         },
@@ -69,15 +73,15 @@ fn name(cell: &Cell) -> (String, String) {
 
 /// The class that gives a cell its colour: baselines are grey, the others differ, the same in every drawing.
 fn class(cells: &[&Outcome], index: usize) -> String {
-    if cells[index].cell.load != Load::Storm {
+    if !cells[index].cell.load.is_storm() {
         return "base".to_owned();
     }
-    let before = cells[..index].iter().filter(|outcome| outcome.cell.load == Load::Storm).count();
+    let before = cells[..index].iter().filter(|outcome| outcome.cell.load.is_storm()).count();
     format!("c{}", before % 8)
 }
 
 /// The cells that the whole storm blew in.
 fn storms<'o>(cells: &[&'o Outcome]) -> Vec<(usize, &'o Outcome)> {
-    let is_storm = |(_, outcome): &(usize, &Outcome)| outcome.cell.load == Load::Storm;
+    let is_storm = |(_, outcome): &(usize, &Outcome)| outcome.cell.load.is_storm();
     cells.iter().copied().enumerate().filter(is_storm).collect()
 }
