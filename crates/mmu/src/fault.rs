@@ -31,7 +31,6 @@
 //! Source: Linux `kvm_tdp_page_fault`, `direct_page_fault`, `kvm_mmu_faultin_pfn`, `is_page_fault_stale`,
 //! `kvm_tdp_mmu_map`.
 
-use crate::addr::GfnRange;
 use crate::block::Block;
 use crate::dirty_ring::{DirtyFrame, DirtyRing};
 use crate::guest_mmu::{GuestMmu, Precheck, WitnessKind};
@@ -132,7 +131,7 @@ impl<'a, S: SecondaryMmu> Path<'a, S> {
         }
         if fault.found == Found::Reserved {
             match secondary.cached_mmio(fault.space, gfn, &mut self.walker()) {
-                CachedMmio::Gone => return Ok(retry(RetryPoint::LostRace, GfnRange::frame(gfn))),
+                CachedMmio::Gone => return Ok(retry(RetryPoint::LostRace, Block::frame(gfn))),
                 CachedMmio::Generation(cached) if slots.generation() == Some(cached) => {
                     return Ok(FaultOutcome::Emulate(Emulate::Mmio));
                 }
@@ -182,11 +181,11 @@ impl<'a, S: SecondaryMmu> Path<'a, S> {
         if slot.state == SlotState::Invalid {
             return match fault.kind {
                 FaultKind::Prefetch => Err(FaultError::SlotChanging(gfn)),
-                FaultKind::Demand => Ok(retry(RetryPoint::SlotChanging, GfnRange::frame(gfn))),
+                FaultKind::Demand => Ok(retry(RetryPoint::SlotChanging, Block::frame(gfn))),
             };
         }
         if self.looks_doomed(Precheck::BEFORE_FAULT_IN, since) {
-            return Ok(retry(RetryPoint::BeforeFaultIn, block.range()));
+            return Ok(retry(RetryPoint::BeforeFaultIn, block));
         }
         if fault.is_write() && slot.flags.contains(SlotFlags::READ_ONLY) {
             return Ok(FaultOutcome::Emulate(Emulate::ReadOnly));
@@ -212,7 +211,7 @@ impl<'a, S: SecondaryMmu> Path<'a, S> {
             if mutation::active(Mutation::LeakPageAfterFaultIn) {
                 core::mem::forget(page);
             }
-            return Ok(retry(RetryPoint::AfterFaultIn, block.range()));
+            return Ok(retry(RetryPoint::AfterFaultIn, block));
         }
 
         let install = Install::<S> { page, witness: self.witness(block) };
@@ -307,11 +306,11 @@ impl<'a, S: SecondaryMmu> Path<'a, S> {
         self.still_there::<M>()?;
         if secondary.is_root_stale(cache) {
             self.shared.counters.fault_in_wasted();
-            return Ok(retry(RetryPoint::UnderLock, block.range()));
+            return Ok(retry(RetryPoint::UnderLock, block));
         }
         let Ok(fresh) = self.mmu.invalidations().verify(&install.witness, since) else {
             self.shared.counters.fault_in_wasted();
-            return Ok(retry(RetryPoint::UnderLock, block.range()));
+            return Ok(retry(RetryPoint::UnderLock, block));
         };
         let writable = install.page.page().is_writable() && !slot.flags.contains(SlotFlags::READ_ONLY);
         let mapped = secondary.map(fresh, slot, self.fault, install.page.page(), cache);
@@ -331,14 +330,14 @@ impl<'a, S: SecondaryMmu> Path<'a, S> {
             }
             Ok(Mapped::LostRace) => {
                 self.shared.counters.fault_in_wasted();
-                Ok(retry(RetryPoint::LostRace, block.range()))
+                Ok(retry(RetryPoint::LostRace, block))
             }
             Ok(Mapped::LargerLeaf) => {
                 // Page and witness go first: who splits waits for the lock, and for every vCPU in the guest.
                 drop(install);
                 self.shared.counters.fault_in_wasted();
                 match self.mmu.split_around(slot, self.fault.gfn, cache) {
-                    Ok(()) => Ok(retry(RetryPoint::LostRace, block.range())),
+                    Ok(()) => Ok(retry(RetryPoint::LostRace, block)),
                     Err(cause) => Err(FaultError::CannotMap { gfn: self.fault.gfn, cause }),
                 }
             }
@@ -366,14 +365,14 @@ impl<'a, S: SecondaryMmu> Path<'a, S> {
         let witness = self.witness(block);
         self.still_there::<M>()?;
         let Ok(fresh) = self.mmu.invalidations().verify(&witness, since) else {
-            return Ok(retry(RetryPoint::UnderLock, block.range()));
+            return Ok(retry(RetryPoint::UnderLock, block));
         };
         match self.mmu.secondary().poison(fresh, slot, gfn) {
             Ok(Mapped::Fixed | Mapped::Spurious) => {
                 self.shared.counters.poison_installed();
                 Err(FaultError::Poisoned { gfn, cause })
             }
-            Ok(Mapped::LostRace | Mapped::LargerLeaf) => Ok(retry(RetryPoint::LostRace, block.range())),
+            Ok(Mapped::LostRace | Mapped::LargerLeaf) => Ok(retry(RetryPoint::LostRace, block)),
             Err(cause) => Err(FaultError::CannotMap { gfn, cause }),
         }
     }
@@ -386,12 +385,12 @@ impl<'a, S: SecondaryMmu> Path<'a, S> {
         if self.fault.privacy == Privacy::Private {
             return Err(FaultError::WrongPrivacy { gfn, accessed: Privacy::Private });
         }
-        let frame = GfnRange::frame(gfn);
+        let frame = Block::frame(gfn);
         if mutation::active(Mutation::InvertedSlotTest) && self.mmu.hint(since).is_some() {
             return Ok(retry(RetryPoint::BeforeFaultIn, frame));
         }
         if let Some(generation) = slots.generation() {
-            let witness = self.witness(Block::frame(gfn));
+            let witness = self.witness(frame);
             let space = self.fault.space;
             self.mmu.secondary().cache_mmio(space, gfn, generation, cache, witness.walking());
         }

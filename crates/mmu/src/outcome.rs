@@ -5,6 +5,7 @@
 use core::fmt;
 
 use crate::addr::{Gfn, GfnRange};
+use crate::block::Block;
 use crate::host::{PrimaryMmu, Privacy, SecondaryMmu};
 
 /// Where on the path a fault was found to be doomed.
@@ -127,7 +128,7 @@ pub enum FaultError<E: fmt::Debug + fmt::Display, M: fmt::Debug + fmt::Display> 
 pub(crate) type FaultResult<S, M> =
     Result<FaultOutcome, FaultError<<M as PrimaryMmu>::Error, <S as SecondaryMmu>::Error>>;
 
-/// Nothing was installed of `range`.
-pub(crate) fn retry(point: RetryPoint, range: GfnRange) -> FaultOutcome {
-    FaultOutcome::Retry(Retry { point, range })
+/// Nothing was installed of `block`.
+pub(crate) fn retry(point: RetryPoint, block: Block) -> FaultOutcome {
+    FaultOutcome::Retry(Retry { point, range: block.range() })
 }
