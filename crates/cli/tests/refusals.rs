@@ -221,8 +221,42 @@ mod without_rights {
         /// The command as a user without any rights.
         fn by_nobody(&self, options: &[&str]) -> Ended {
             let mut command = Command::new(self.directory.path().join("afterimage"));
-            command.args(["run", "--duration", "500ms"]).args(options).stdin(Stdio::null());
-            to_end(command.current_dir("/").uid(NOBODY).gid(NOBODY))
+            ended_by_nobody(command.args(["run", "--duration", "500ms"]).args(options))
+        }
+
+        /// The command as a user who may have three threads and processes; `None` if nobody can be bound so.
+        fn by_nobody_with_few_threads(&self, test: &str, options: &[&str]) -> Option<Ended> {
+            if Command::new("prlimit").arg("--version").output().is_err() {
+                skip(test, "there is no prlimit: apt-get install util-linux");
+                return None;
+            }
+            let mut command = Command::new("prlimit");
+            command.arg("--nproc=3:3").arg(self.directory.path().join("afterimage")).args(options);
+            Some(ended_by_nobody(&mut command))
+        }
+    }
+
+    fn ended_by_nobody(command: &mut Command) -> Ended {
+        to_end(command.stdin(Stdio::null()).current_dir("/").uid(NOBODY).gid(NOBODY))
+    }
+
+    /// Those that are there already must not wait for the one that does not come.
+    #[test]
+    fn threads_that_cannot_be_had_are_refused() {
+        let _alone = alone();
+        let test = "threads_that_cannot_be_had_are_refused";
+        let Some(copied) = Copied::new(test) else { return };
+        let storm = ["storm", "--scenario", "C", "--vcpus", "8", "--duration", "20ms"];
+        let simulated = ["storm", "--simulate", "--scenario", "C", "--duration", "1ms"];
+        let run = ["run", "--guest", "soft", "--vcpus", "8", "--duration", "1s"];
+        for (options, what) in [
+            (&storm[..], "the system gives no thread: Resource temporarily unavailable"),
+            (&simulated[..], "the system gives no thread: Resource temporarily unavailable"),
+            (&run[..], "cannot start a vCPU's thread: Resource temporarily unavailable"),
+        ] {
+            let Some(ended) = copied.by_nobody_with_few_threads(test, options) else { return };
+            assert_eq!((ended.code(), ended.stdout.as_str()), (2, ""), "{options:?}: {ended:?}");
+            assert!(ended.stderr.lines().last().is_some_and(|line| line.contains(what)), "{ended:?}");
         }
     }
 

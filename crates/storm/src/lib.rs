@@ -14,6 +14,7 @@ mod ram;
 mod recording;
 mod scenario;
 mod sim;
+mod start;
 mod storm;
 mod windows;
 

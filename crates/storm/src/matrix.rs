@@ -46,7 +46,7 @@ impl Matrix {
                 break;
             }
             let turn = runs[index].len() as u64;
-            let storm = Storm { seed: self.storms[index].seed + turn, ..self.storms[index] };
+            let storm = Storm { seed: self.storms[index].seed.wrapping_add(turn), ..self.storms[index] };
             next(done, &storm);
             runs[index].push(storm.blow(interrupted)?);
         }

@@ -40,19 +40,20 @@ struct Frame {
 pub(crate) struct Spares(VecDeque<u64>);
 
 impl Ram {
-    /// `pages` pages, and spare frames for `movers` threads.
-    pub(crate) fn new(pages: u64, movers: usize) -> (Self, Vec<Spares>) {
+    /// `pages` pages, and spare frames for `movers` threads; `None` if there is no memory for them.
+    pub(crate) fn new(pages: u64, movers: usize) -> Option<(Self, Vec<Spares>)> {
         let movers = movers as u64;
         let frame = |page| Frame { page: AtomicU64::new(page), references: AtomicU32::new(0) };
+        let frames = (0..pages).chain((0..movers * SPARE).map(|_| FREED)).map(frame);
         let ram = Self {
-            pages: (0..pages).map(AtomicU64::new).collect(),
-            frames: (0..pages).map(frame).chain((0..movers * SPARE).map(|_| frame(FREED))).collect(),
+            pages: boxed(pages, (0..pages).map(AtomicU64::new))?,
+            frames: boxed(pages + movers * SPARE, frames)?,
         };
         let spares = |mover| {
             let first = pages + mover * SPARE;
             Spares((first..first + SPARE).collect())
         };
-        (ram, (0..movers).map(spares).collect())
+        Some((ram, (0..movers).map(spares).collect()))
     }
 
     /// Where `pages` pages from `first` on lie.
@@ -81,6 +82,14 @@ impl Ram {
     pub(crate) fn references(&self) -> u64 {
         self.frames.iter().map(|frame| u64::from(frame.references.load(Ordering::Relaxed))).sum()
     }
+}
+
+/// `count` of these, if there is memory for so many.
+fn boxed<T>(count: u64, items: impl Iterator<Item = T>) -> Option<Box<[T]>> {
+    let mut all = Vec::new();
+    all.try_reserve_exact(usize::try_from(count).ok()?).ok()?;
+    all.extend(items);
+    Some(all.into_boxed_slice())
 }
 
 /// A reference to a page.
@@ -132,7 +141,7 @@ mod tests {
 
     #[test]
     fn a_moved_page_leaves_a_frame_that_is_nobodys() {
-        let (ram, mut spares) = Ram::new(4, 1);
+        let (ram, mut spares) = Ram::new(4, 1).expect("a few pages");
         assert!(ram.holds(Pfn::new(2), Gfn::new(2)));
         for turn in 0..3 * SPARE {
             let before = ram.pages[2].load(Ordering::Relaxed);

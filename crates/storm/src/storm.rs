@@ -2,11 +2,11 @@
 
 use core::sync::atomic::{AtomicBool, Ordering};
 use core::time::Duration;
-use std::sync::Barrier;
 use std::thread;
 
 use afterimage_mmu::{FRAME_BYTES, Gfn, GuestMmu, Memslot, PageSize, Platform, RetryPoint, SlotId};
 use afterimage_stage2::{HeapMemory, Stage2};
+use rustix::io::Errno;
 use rustix::thread::{CpuSet, sched_setaffinity};
 
 use crate::cell::{Latencies, Latency, Load, LockWait, Measured, Retries, Times};
@@ -14,10 +14,11 @@ use crate::guest::{Guest, MAX_THREADS, Seen, Shared, StormHost};
 use crate::invalidator::{Invalidator, Taken};
 use crate::platform::{Threads, set_crowded, tick};
 use crate::policy::{Policies, Scenario, Witness};
-use crate::ram::{BASE, Ram};
+use crate::ram::{BASE, Ram, Spares};
 use crate::recording::Recording;
-use crate::scenario::Plan;
+use crate::scenario::{Plan, Take, Touch};
 use crate::sim::MAX_SIMULATED_VCPUS;
+use crate::start::{Start, spawn};
 use crate::windows::Windows;
 
 /// How often a run looks whether it is to end early.
@@ -95,9 +96,19 @@ pub enum StormError {
     /// Too few or too many vCPUs, in virtual time.
     #[error("a simulated storm takes 1 to {MAX_SIMULATED_VCPUS} vCPUs, not {0}")]
     SimulatedVcpus(usize),
-    /// No memory for the tables' roots.
-    #[error("there is no memory for the tables")]
+    /// Memory that is no whole number of frames.
+    #[error("a storm takes whole frames of 4 KiB of memory, and {0} bytes are none")]
+    PartOfFrame(u64),
+    /// No memory for the tables' roots, or for what is known of each page.
+    #[error(
+        "this machine has too little memory for the storm, which takes 24 bytes a page and tables: less --memory needs less"
+    )]
     NoMemory,
+    /// No thread.
+    #[error(
+        "the system gives no thread: {0}; fewer --vcpus need fewer, and `ulimit -u` or a cgroup says how many there may be"
+    )]
+    Spawn(Errno),
 }
 
 impl Storm {
@@ -110,6 +121,9 @@ impl Storm {
         let least = scenario.least_memory();
         if !(least..=MAX_MEMORY).contains(&memory) {
             return Err(StormError::Memory { scenario, bytes: memory, least });
+        }
+        if !memory.is_multiple_of(FRAME_BYTES) {
+            return Err(StormError::PartOfFrame(memory));
         }
         if !(1..=MAX_VCPUS).contains(&vcpus) {
             return Err(StormError::Vcpus(vcpus));
@@ -128,7 +142,7 @@ impl Storm {
         self.check()?;
         let Self { scenario, load, policies, vcpus, threads, memory, seed, duration } = *self;
         let plan = Plan::new(scenario, load, vcpus, threads, memory / FRAME_BYTES);
-        let (ram, spares) = Ram::new(plan.frames, plan.takes.len());
+        let (ram, spares) = Ram::new(plan.frames, plan.takes.len()).ok_or(StormError::NoMemory)?;
         let tables = Stage2::new(StormHost::new(), HeapMemory::default(), 1, PageSize::Size4K);
         let mmu = GuestMmu::new(tables.ok_or(StormError::NoMemory)?, policies.engine());
         mmu.create_slot(Memslot::new(SlotId(0), Gfn::new(0), plan.frames, BASE))
@@ -154,45 +168,43 @@ impl Storm {
             }
         };
         set_crowded(count > cpus);
-        let start = Barrier::new(count + 1);
+        let start = Start::new();
         let [calm, over, abandoned, done] = [const { AtomicBool::new(false) }; 4];
         let (seen, taken, elapsed_ns) = thread::scope(|scope| {
-            if count > cpus {
-                scope.spawn(|| tick(&done));
-            }
-            let guests: Vec<_> = plan
-                .touches
-                .iter()
-                .enumerate()
-                .map(|(number, touch)| {
-                    let (shared, start, over, abandoned) = (&shared, &start, &over, &abandoned);
-                    scope.spawn(move || {
-                        place(number);
-                        let mut guest = Guest::new(shared, number, *touch, seed);
-                        if load == Load::Busy {
-                            guest.map_all();
-                        }
-                        start.wait();
-                        guest.run(over, abandoned)
-                    })
+            let guest = |(number, touch): (usize, &Touch)| {
+                let (shared, start, over, abandoned, touch) = (&shared, &start, &over, &abandoned, *touch);
+                spawn(scope, move || {
+                    place(number);
+                    let mut guest = Guest::new(shared, number, touch, seed);
+                    if load == Load::Busy {
+                        guest.map_all();
+                    }
+                    if start.wait() { guest.run(over, abandoned) } else { Seen::default() }
                 })
-                .collect();
-            let invalidators: Vec<_> = plan
-                .takes
-                .iter()
-                .zip(spares)
-                .enumerate()
-                .map(|(number, (take, spares))| {
-                    let (shared, start, calm, guests) = (&shared, &start, &calm, plan.touches.len());
-                    scope.spawn(move || {
-                        place(guests + number);
-                        let invalidator = Invalidator::new(shared, number, *take, spares, seed);
-                        start.wait();
-                        invalidator.run(calm)
-                    })
+            };
+            let invalidator = |((number, take), spares): ((usize, &Take), Spares)| {
+                let (shared, start, calm, guests) = (&shared, &start, &calm, plan.touches.len());
+                let take = *take;
+                spawn(scope, move || {
+                    place(guests + number);
+                    let invalidator = Invalidator::new(shared, number, take, spares, seed);
+                    if start.wait() { invalidator.run(calm) } else { Taken::default() }
                 })
-                .collect();
-            start.wait();
+            };
+            let threads = || {
+                if count > cpus {
+                    spawn(scope, || tick(&done))?;
+                }
+                let guests: Vec<_> = plan.touches.iter().enumerate().map(guest).collect::<Result<_, _>>()?;
+                let takes = plan.takes.iter().enumerate().zip(spares).map(invalidator);
+                Ok((guests, takes.collect::<Result<Vec<_>, _>>()?))
+            };
+            // Who is there already must not wait for one that does not come.
+            let (guests, invalidators) = threads().inspect_err(|_: &StormError| {
+                start.call_off();
+                done.store(true, Ordering::Relaxed);
+            })?;
+            start.go(count);
             let started_ns = Threads::now_ns();
             let elapsed = || Duration::from_nanos(Threads::now_ns() - started_ns);
             while elapsed() < duration && !interrupted.load(Ordering::Relaxed) {
@@ -210,8 +222,8 @@ impl Storm {
             over.store(true, Ordering::Relaxed);
             let seen: Vec<Seen> = guests.into_iter().map(join).collect();
             done.store(true, Ordering::Relaxed);
-            (seen, taken, Threads::now_ns() - started_ns)
-        });
+            Ok((seen, taken, Threads::now_ns() - started_ns))
+        })?;
 
         let mut recording = Recording::default();
         let mut failures = Vec::new();

@@ -23,6 +23,7 @@ use crate::platform::{Threads, cpu_ns};
 use crate::policy::{AfterRetry, Policies, Precheck, Scenario, Yielding};
 use crate::ram::{BASE, Ram};
 use crate::scenario::Touch;
+use crate::start::spawn;
 use crate::storm::{Storm, StormError};
 
 /// How long each storm blows that something is measured on.
@@ -88,14 +89,14 @@ fn steady(mut measure: impl FnMut() -> f64) -> f64 {
 fn with_machine<R>(
     policies: Policies,
     frames: u64,
-    run: impl for<'r> FnOnce(&'r Ram, &StormMmu<'r>) -> R,
+    run: impl for<'r> FnOnce(&'r Ram, &StormMmu<'r>) -> Result<R, StormError>,
 ) -> Result<R, StormError> {
-    let (ram, _) = Ram::new(frames, 0);
+    let (ram, _) = Ram::new(frames, 0).ok_or(StormError::NoMemory)?;
     let tables = Stage2::new(StormHost::new(), HeapMemory::default(), 1, PageSize::Size4K);
     let mmu: StormMmu<'_> = GuestMmu::new(tables.ok_or(StormError::NoMemory)?, policies.engine());
     mmu.create_slot(Memslot::new(SlotId(0), Gfn::new(0), frames, BASE))
         .expect("the slot is the first, not empty, and far from the end of all addresses");
-    Ok(run(&ram, &mmu))
+    run(&ram, &mmu)
 }
 
 /// One turn of a fault that is found doomed where `precheck` looks, or under the lock.
@@ -103,13 +104,13 @@ fn doomed(precheck: Precheck) -> Result<f64, StormError> {
     with_machine(Policies { precheck, ..Policies::LINUX }, 8, |ram, mmu| {
         let mut vcpu = mmu.vcpu();
         let _open = mmu.invalidate(Ram::hvas(0, 8), Zap::Unmap, Blocking::Allowed);
-        steady(|| {
+        Ok(steady(|| {
             ns_each(TURNS, |turn| {
                 let _ = vcpu.enter_guest();
                 let _ = vcpu.leave_guest();
                 let _ = vcpu.handle_fault(&ram, &Fault::new(Gfn::new(turn % 8), Access::WRITE));
             })
-        })
+        }))
     })
 }
 
@@ -121,7 +122,7 @@ fn flush(idle: usize, busy: bool) -> Result<f64, StormError> {
         let over = AtomicBool::new(!busy);
         let stays = AtomicU64::new(0);
         thread::scope(|scope| {
-            scope.spawn(|| {
+            spawn(scope, || {
                 let inside = mmu.vcpu();
                 while !over.load(Ordering::Relaxed) {
                     if inside.enter_guest().is_ok() {
@@ -132,7 +133,7 @@ fn flush(idle: usize, busy: bool) -> Result<f64, StormError> {
                         let _ = inside.leave_guest();
                     }
                 }
-            });
+            })?;
             let mut times: Vec<u64> = (0..FLUSHES)
                 .map(|flushes| {
                     let _ = vcpu.handle_fault(&ram, &Fault::new(Gfn::new(1), Access::WRITE));
@@ -151,13 +152,13 @@ fn flush(idle: usize, busy: bool) -> Result<f64, StormError> {
             // The better ones: in the others the vCPU had no CPU to leave the guest on.
             let time = times[times.len() / 4] as f64;
             over.store(true, Ordering::Relaxed);
-            time
+            Ok(time)
         })
     })
 }
 
 /// What a second thread adds to taking the lock and giving it up.
-fn crowd() -> f64 {
+fn crowd() -> Result<f64, StormError> {
     let lock = RawMmuLock::<Threads>::new();
     let take = |_| {
         lock.read();
@@ -166,16 +167,16 @@ fn crowd() -> f64 {
     let alone = steady(|| ns_each(TURNS, take));
     let over = AtomicBool::new(false);
     let together = thread::scope(|scope| {
-        scope.spawn(|| {
+        spawn(scope, || {
             while !over.load(Ordering::Relaxed) {
                 ns_each(64, take);
             }
-        });
+        })?;
         let together = steady(|| ns_each(TURNS, take));
         over.store(true, Ordering::Relaxed);
-        together
-    });
-    (together - alone).max(0.0)
+        Ok(together)
+    })?;
+    Ok((together - alone).max(0.0))
 }
 
 /// From the end of an invalidation to the return of who was parked until then.
@@ -185,7 +186,7 @@ fn wake() -> Result<f64, StormError> {
         let (waits, woken) = (AtomicU64::new(0), AtomicU64::new(0));
         let frame = GfnRange::frame(Gfn::new(1));
         thread::scope(|scope| {
-            scope.spawn(|| {
+            spawn(scope, || {
                 while !over.load(Ordering::Relaxed) {
                     if mmu.invalidations().covers(frame) {
                         waits.fetch_add(1, Ordering::Relaxed);
@@ -193,7 +194,7 @@ fn wake() -> Result<f64, StormError> {
                         woken.store(Threads::now_ns(), Ordering::Release);
                     }
                 }
-            });
+            })?;
             let time = steady(|| {
                 let before = woken.load(Ordering::Acquire);
                 let before_waits = waits.load(Ordering::Relaxed);
@@ -211,7 +212,7 @@ fn wake() -> Result<f64, StormError> {
                 woken.load(Ordering::Relaxed).saturating_sub(ended.load(Ordering::Relaxed)) as f64
             });
             over.store(true, Ordering::Relaxed);
-            time
+            Ok(time)
         })
     })
 }
@@ -273,7 +274,7 @@ impl Costs {
             request,
             kick,
             handover,
-            crowd: crowd(),
+            crowd: crowd()?,
             wake: wake()?,
         })
     }
@@ -312,11 +313,11 @@ fn access(touch: Touch) -> Result<f64, StormError> {
         };
         let [over, abandoned] = [const { AtomicBool::new(false) }; 2];
         thread::scope(|scope| {
-            let guest = scope.spawn(|| Guest::new(&shared, 0, touch, 1).run(&over, &abandoned));
+            let guest = spawn(scope, || Guest::new(&shared, 0, touch, 1).run(&over, &abandoned))?;
             thread::sleep(BLOWS / 4);
             over.store(true, Ordering::Relaxed);
             let seen = guest.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-            seen.cpu_ns as f64 / seen.accesses.max(1) as f64
+            Ok(seen.cpu_ns as f64 / seen.accesses.max(1) as f64)
         })
     })
 }

@@ -108,6 +108,9 @@ impl Simulation {
         if !(1..=MAX_SIMULATED_VCPUS).contains(&vcpus) {
             return Err(StormError::SimulatedVcpus(vcpus));
         }
+        if !memory.is_multiple_of(FRAME_BYTES) {
+            return Err(StormError::PartOfFrame(memory));
+        }
         Storm { vcpus: 1, memory: least, ..*storm }.check()
     }
 
@@ -120,7 +123,9 @@ impl Simulation {
         interrupted: &AtomicBool,
     ) -> Option<(Outcome, Option<Cut>)> {
         let runs: Vec<_> = (0..repeat as u64)
-            .map(|turn| self.run_until(&Storm { seed: storm.seed + turn, ..*storm }, LIMIT, interrupted))
+            .map(|turn| {
+                self.run_until(&Storm { seed: storm.seed.wrapping_add(turn), ..*storm }, LIMIT, interrupted)
+            })
             // One that was interrupted is none.
             .take_while(|_| !interrupted.load(Ordering::Relaxed))
             .collect();
