@@ -3,6 +3,7 @@
 mod host;
 mod output;
 mod run;
+mod signals;
 mod storm;
 mod units;
 
@@ -12,7 +13,7 @@ use clap::{Parser, Subcommand};
 
 /// Exit code of a run that found something wrong.
 const EXIT_WRONG: u8 = 1;
-/// Exit code of a command that could not start.
+/// Exit code of a command that could not start, or whose result could not be kept.
 const EXIT_USAGE: u8 = 2;
 
 /// Serve guest page faults, fast and never stale, while the memory underneath is taken away.
@@ -34,13 +35,14 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    signals::take_file_limits_as_errors();
     let result = match Cli::parse().command {
         Command::Run(args) => run::run(*args),
         Command::Storm(args) => storm::run(*args),
         Command::Host(args) => host::run(args),
     };
     result.unwrap_or_else(|error| {
-        eprintln!("afterimage: {error:#}");
+        output::say(format_args!(": {error:#}"));
         ExitCode::from(EXIT_USAGE)
     })
 }

@@ -2,6 +2,7 @@
 //!
 //! What is refused, or fails before it has a result, leaves no empty file behind, and an older result as it was.
 
+use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
@@ -11,6 +12,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, ensure};
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::{Errno, retry_on_intr};
+use rustix::process::{Resource, getrlimit};
 use serde::Serialize;
 
 use crate::{EXIT_USAGE, EXIT_WRONG};
@@ -131,7 +133,7 @@ impl Output {
 pub(crate) fn ended<const N: usize>(good: bool, kept: [Result<()>; N]) -> ExitCode {
     let mut lost = false;
     for error in kept.into_iter().filter_map(Result::err) {
-        eprintln!("afterimage: {error:#}");
+        say(format_args!(": {error:#}"));
         lost = true;
     }
     match (good, lost) {
@@ -164,6 +166,10 @@ impl OutputFile {
 
     /// Has the file system keep room for so many bytes, while the file is still as it was.
     fn make_room(&self, bytes: u64) -> io::Result<()> {
+        // Keeping room does not look at the limit (`ulimit -f`), and writing does.
+        if getrlimit(Resource::Fsize).current.is_some_and(|most| most < bytes) {
+            return Err(Errno::FBIG.into());
+        }
         match retry_on_intr(|| fallocate(&self.file, FallocateFlags::KEEP_SIZE, 0, bytes)) {
             // It cannot promise any. Whether there is room is seen when it is written.
             Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
@@ -184,6 +190,12 @@ impl Drop for OutputFile {
             let _ = std::fs::remove_file(&self.path);
         }
     }
+}
+
+/// Tells a person `what` this command has to say beside its results: on standard error, behind its name. Where nobody can be
+/// told, the results still count.
+pub(crate) fn say(what: fmt::Arguments<'_>) {
+    let _ = writeln!(io::stderr().lock(), "afterimage{what}");
 }
 
 /// Writes `text`. Whoever has closed the other end does not want to read it, which is no error.

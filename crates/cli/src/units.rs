@@ -68,6 +68,11 @@ pub(crate) fn show_count(count: u64) -> String {
     shown
 }
 
+/// So many of something, in the plural but for one: `1 vCPU`, `2 vCPUs`.
+pub(crate) fn show_number(count: u64, of: &str) -> String {
+    format!("{} {of}{}", show_count(count), if count == 1 { "" } else { "s" })
+}
+
 /// A duration for people: three digits and a unit.
 pub(crate) fn show_duration(duration: Duration) -> String {
     let ns = duration.as_nanos() as f64;
@@ -118,6 +123,7 @@ mod tests {
         assert_eq!(show_bytes(0), "0 B");
         assert_eq!(show_count(1_234_567), "1,234,567");
         assert_eq!(show_count(12), "12");
+        assert_eq!((show_number(1, "run"), show_number(2000, "run")), ("1 run".into(), "2,000 runs".into()));
         assert_eq!(show_duration(Duration::from_nanos(850)), "850 ns");
         assert_eq!(show_duration(Duration::from_nanos(1_234)), "1.23 µs");
         assert_eq!(show_duration(Duration::from_millis(1_350)), "1.35 s");

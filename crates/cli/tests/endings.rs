@@ -7,8 +7,9 @@ use std::io::{PipeWriter, Write as _};
 use std::os::unix::fs::FileExt as _;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
+use afterimage_testing::skip;
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -176,4 +177,50 @@ fn a_memory_file_that_was_changed_is_named() {
         return;
     }
     panic!("the guest read no page that was changed");
+}
+
+/// What is said beside the result may be lost, as on a full disk; the result is not.
+#[test]
+fn a_result_does_not_depend_on_who_listens() {
+    let _alone = alone();
+    let test = "a_result_does_not_depend_on_who_listens";
+    if !has_guest(test) {
+        return;
+    }
+    if !Path::new("/dev/full").exists() {
+        return skip(test, "there is no /dev/full");
+    }
+    let directory = tempfile::tempdir().expect("a directory");
+    let json = directory.path().join("run.json");
+    let mut command = afterimage();
+    command.args(["run", "--guest", "thread", "--duration", "100ms"]).args(SMALL).arg("--json").arg(&json);
+    let full = File::options().write(true).open("/dev/full").expect("it is there");
+    let status = command.stdout(Stdio::null()).stderr(full).status().expect("it starts");
+    assert_eq!(status.code(), Some(0));
+    assert_eq!(read_json(&json).expect("the JSON is whole")["wrong_pages"], 0);
+}
+
+/// A terminal that goes away ends a run like Ctrl-C, unless `nohup` was there before.
+#[test]
+fn who_hangs_up_ends_a_run_and_nohup_does_not() {
+    let _alone = alone();
+    if !has_guest("who_hangs_up_ends_a_run_and_nohup_does_not") {
+        return;
+    }
+    let directory = tempfile::tempdir().expect("a directory");
+    for (disposition, ends) in [("--default-signal=HUP", true), ("--ignore-signal=HUP", false)] {
+        let json = directory.path().join(format!("{ends}.json"));
+        let mut command = Command::new("env");
+        command.args([disposition, env!("CARGO_BIN_EXE_afterimage"), "run", "--duration", FOR_EVER]);
+        let mut running = Running::start(command.args(SMALL).arg("--json").arg(&json), None);
+        running.wait_started();
+        running.signal(Signal::HUP);
+        if !ends {
+            running.signal(Signal::INT);
+        }
+        let ended = running.end();
+        // Two signals that both count kill.
+        assert_eq!(ended.code(), 0, "{disposition}: {ended:?}");
+        assert!(read_json(&json).is_some(), "{disposition}: the JSON is whole");
+    }
 }

@@ -16,9 +16,14 @@ const ATTEMPTS: usize = 40;
 /// The cells of a storm with these options, which must end well.
 #[track_caller]
 fn storm(options: &[&str]) -> Vec<Value> {
-    let ended = to_end(afterimage().args(["storm", "--json", "-", "--repeat", "1"]).args(options));
+    let ended = to_end(afterimage().args(["storm", "--json", "-"]).args(options).args(once(options)));
     assert_eq!(ended.code(), 0, "{options:?}: {ended:?}");
     serde_json::from_str(&ended.stdout).unwrap_or_else(|error| panic!("{error}: {}", ended.stdout))
+}
+
+/// One run of each cell is enough, where nothing else is asked for.
+fn once(options: &[&str]) -> &'static [&'static str] {
+    if options.contains(&"--repeat") { &[] } else { &["--repeat", "1"] }
 }
 
 #[track_caller]
@@ -189,7 +194,9 @@ fn what_cannot_blow_is_refused_in_one_sentence() {
         (&["--threads", "9"], "1 to 8 threads"),
         (&["--memory", "4k"], "512 KiB to 256 GiB"),
         (&["--memory", "12T"], "512 KiB to 256 GiB"),
+        (&["--memory", "1000001"], "whole frames of 4 KiB of memory, and 1000001 bytes are none"),
         (&["--simulate", "--memory", "65T"], "512 KiB to 64 TiB"),
+        (&["--simulate", "--memory", "1000001"], "whole frames of 4 KiB"),
         (&["--simulate", "--vcpus", "5000"], "1 to 4096 vCPUs"),
     ] {
         let ended = to_end(afterimage().arg("storm").args(options));
@@ -263,9 +270,49 @@ fn an_interrupted_storm_tells_what_it_has() {
     running.wait_started();
     running.signal(Signal::INT);
     let ended = running.end();
+    if ended.code() == 2 {
+        // It had not begun yet.
+        assert!(ended.stderr.contains("interrupted before anything was measured"), "{ended:?}");
+        return;
+    }
     assert_eq!(ended.code(), 0, "{ended:?}");
+    assert!(ended.stderr.contains("interrupted in run 1 of 27: "), "{ended:?}");
     let cells: Vec<Value> = serde_json::from_str(&ended.stdout).expect("it wrote its cells");
-    assert!(cells.len() <= 1, "one was blowing at most: {cells:#?}");
+    assert_eq!(cells.len(), 1, "one was blowing: {cells:#?}");
+}
+
+/// The simulation measures costs for two seconds before its first run.
+#[test]
+fn who_interrupts_before_the_first_run_keeps_the_result_before() {
+    let _alone = alone();
+    let directory = tempfile::tempdir().expect("a directory");
+    let (old, new) = (directory.path().join("old.json"), directory.path().join("new.html"));
+    std::fs::write(&old, "old").expect("an old result");
+    let mut command = afterimage();
+    command.args(["storm", "--simulate", "--vcpus", "448", "--memory", "12T", "--json"]).arg(&old);
+    let mut running = Running::start(command.arg("--report").arg(&new), None);
+    running.wait_started();
+    running.signal(Signal::TERM);
+    let ended = running.end();
+    assert_eq!((ended.code(), ended.stdout.as_str()), (2, ""), "{ended:?}");
+    assert!(ended.stderr.contains("interrupted before anything was measured"), "{ended:?}");
+    assert_eq!(std::fs::read_to_string(&old).expect("it is there"), "old");
+    assert!(!new.exists(), "an empty page is left behind");
+}
+
+#[test]
+fn what_is_asked_for_twice_is_done_once() {
+    let _alone = alone();
+    let options = ["--scenario", "C,c", "--precheck", "off,off", "--no-baseline", "--duration", "5ms"];
+    assert_eq!(storm(&options).len(), 1);
+}
+
+/// The last seed has none behind it for a second run.
+#[test]
+fn every_number_is_a_seed() {
+    let _alone = alone();
+    let options = ["--scenario", "C", "--no-baseline", "--precheck", "off", "--duration", "5ms"];
+    storm(&[&options[..], &["--repeat", "2", "--seed", "18446744073709551615"]].concat());
 }
 
 #[test]
@@ -306,4 +353,56 @@ fn a_full_disk_keeps_the_result_before() {
     assert!(ended.stdout.contains("WRONG PAGES"), "the table is shown: {ended:?}");
     assert!(ended.stdout.ends_with("code 2\nold"), "{ended:?}");
     assert!(ended.stderr.contains("cells.json: No space left on device"), "{ended:?}");
+}
+
+/// What is known of each page takes more than there is.
+#[test]
+fn a_storm_that_does_not_fit_is_refused() {
+    let _alone = alone();
+    let Some(mut command) = limited("a_storm_that_does_not_fit_is_refused", "--as=1000000000") else {
+        return;
+    };
+    command.args(["storm", "--scenario", "C", "--memory", "256G", "--duration", "5ms", "--no-baseline"]);
+    let ended = to_end(&mut command);
+    assert_eq!((ended.code(), ended.stdout.as_str()), (2, ""), "{ended:?}");
+    assert!(ended.stderr.contains("too little memory for the storm"), "{ended:?}");
+}
+
+/// The command under a limit of its own.
+fn limited(test: &str, limit: &str) -> Option<Command> {
+    if Command::new("prlimit").arg("--version").output().is_err() {
+        skip(test, "there is no prlimit: apt-get install util-linux");
+        return None;
+    }
+    let mut command = Command::new("prlimit");
+    command.args([limit, env!("CARGO_BIN_EXE_afterimage")]).stdin(Stdio::null());
+    Some(command)
+}
+
+/// A limit on the size of files is a full disk, and no end in the middle of a write.
+#[test]
+fn a_limit_on_files_keeps_the_result_before() {
+    let _alone = alone();
+    let test = "a_limit_on_files_keeps_the_result_before";
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("cells.json");
+    std::fs::write(&path, "old").expect("an old result");
+    let Some(mut command) = limited(test, "--fsize=1024") else { return };
+    command.args([
+        "storm",
+        "--scenario",
+        "E",
+        "--memory",
+        "1M",
+        "--duration",
+        "5ms",
+        "--repeat",
+        "1",
+        "--json",
+    ]);
+    let ended = to_end(command.arg(&path));
+    assert_eq!(ended.code(), 2, "{ended:?}");
+    assert!(ended.stderr.contains("cells.json: File too large"), "{ended:?}");
+    assert!(ended.stdout.contains("WRONG PAGES"), "the table is shown: {ended:?}");
+    assert_eq!(std::fs::read_to_string(&path).expect("it is there"), "old");
 }

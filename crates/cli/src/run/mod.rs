@@ -19,7 +19,6 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use signal_hook::consts::{SIGINT, SIGTERM};
 
 use self::live::LiveLine;
 use self::machine::{Host, Machine};
@@ -28,7 +27,9 @@ use self::options::RunPlan;
 use self::pressure::Pressure;
 use self::report::{Outcome, RunReport};
 use self::source_file::SourceFile;
-use crate::output::{Output, ended};
+use crate::output::{Output, ended, say};
+use crate::signals::interrupted;
+use crate::units;
 
 /// How often the run is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
@@ -47,22 +48,17 @@ pub(crate) fn run(args: RunArgs) -> Result<ExitCode> {
         None => json,
     };
     let source = plan.shown.source.as_deref().map(SourceFile::new).transpose()?;
-    let interrupted = Arc::new(AtomicBool::new(false));
-    for signal in [SIGINT, SIGTERM] {
-        // The second time, the default: whoever insists gets out.
-        signal_hook::flag::register_conditional_default(signal, Arc::clone(&interrupted))?;
-        signal_hook::flag::register(signal, Arc::clone(&interrupted))?;
-    }
+    let interrupted = interrupted()?;
 
     let machine = Machine::start(&mut plan)?;
-    eprintln!(
-        "afterimage run: {}; {} vCPUs, {} of memory, {} resident, {} pages",
+    say(format_args!(
+        " run: {}; {}, {} of memory, {} resident, {} pages",
         plan.guest_because,
-        plan.vcpus,
-        crate::units::show_bytes(plan.memory),
-        crate::units::show_bytes(plan.resident),
-        crate::units::show_bytes(plan.page_size.bytes()),
-    );
+        units::show_number(plan.vcpus as u64, "vCPU"),
+        units::show_bytes(plan.memory),
+        units::show_bytes(plan.resident),
+        units::show_bytes(plan.page_size.bytes()),
+    ));
     finish(&plan, machine, source, json, &interrupted)
 }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use afterimage_memory::{MemoryError, MemoryObject, Moved};
 use afterimage_mmu::{Age, Gfn, Pfn, PfnRange, SlotError};
 use afterimage_vm::{GuestHandle, GuestKind};
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 
 use super::choices::InvalidateChoice;
 use super::dirty::{self, DirtyCounts};
@@ -168,7 +168,9 @@ impl Pressure {
     }
 
     fn spawn(&mut self, name: &str, body: impl FnOnce() -> Result<()> + Send + 'static) -> Result<()> {
-        self.threads.push(thread::Builder::new().name(name.to_owned()).spawn(body)?);
+        let thread = thread::Builder::new().name(name.to_owned()).spawn(body);
+        self.threads
+            .push(thread.with_context(|| format!("no thread can be started for {name}: see ulimit -u"))?);
         Ok(())
     }
 

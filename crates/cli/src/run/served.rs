@@ -42,7 +42,8 @@ impl Served {
             move |failed| poisoned.lock().unwrap_or_else(PoisonError::into_inner).push(failed)
         };
         let view: Arc<MemoryView> = Arc::new(object.view(base));
-        let workers = Workers::start(&mmu, &view, uffd.serve, report)?;
+        let workers = Workers::start(&mmu, &view, uffd.serve, report)
+            .context("no thread can be started that serves faults: see ulimit -u")?;
         let guest = Guest::start(start.spec(guest_memory(&mapping)), |gfn| start.words(gfn))?;
         Ok(Machine { object, engine: mmu, guest, host: Host::Served(Self { workers, poisoned }) })
     }

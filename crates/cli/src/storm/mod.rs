@@ -9,17 +9,20 @@ mod trace;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
 
 use afterimage_storm::{Cell, Load, Outcome};
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
-use signal_hook::consts::{SIGINT, SIGTERM};
 
 pub(crate) use self::options::StormArgs;
 use self::table::Table;
-use crate::output::{Output, ended};
+use crate::output::{Output, ended, say};
+use crate::signals::interrupted;
+use crate::units::show_number;
+
+/// What is said of a storm that was interrupted at its very beginning.
+const NOTHING: &str = "interrupted before anything was measured: nothing was written";
 
 /// Lets a storm blow, and reports.
 pub(crate) fn run(args: StormArgs) -> Result<ExitCode> {
@@ -38,8 +41,9 @@ pub(crate) fn run(args: StormArgs) -> Result<ExitCode> {
     Output::check_apart(&outputs)?;
     let is_taken = outputs.into_iter().any(Output::is_standard);
     let interrupted = interrupted()?;
-    eprintln!("afterimage storm: {} runs of {:?} each", plan.matrix.runs(), plan.duration);
-    let bar = bar(plan.matrix.runs());
+    let runs = plan.matrix.runs();
+    say(format_args!(" storm: {} of {:?} each", show_number(runs as u64, "run"), plan.duration));
+    let bar = bar(runs);
     let tell = |done: usize, what: &str| {
         bar.set_position(done as u64);
         bar.set_message(what.to_owned());
@@ -61,6 +65,13 @@ pub(crate) fn run(args: StormArgs) -> Result<ExitCode> {
     };
     bar.finish_and_clear();
     let cells: Vec<Cell> = outcomes.iter().map(|Outcome { cell, .. }| cell.clone()).collect();
+    ensure!(!cells.is_empty(), NOTHING);
+    if interrupted.load(Relaxed) {
+        let done = cells.iter().map(|cell| cell.runs).sum::<u64>();
+        say(format_args!(
+            ": interrupted in run {done} of {runs}: the result is of what was measured until then"
+        ));
+    }
     // One that cannot be kept does not take the others with it.
     let kept = [
         json.map_or(Ok(()), |json| json.write_json(&cells)),
@@ -82,17 +93,6 @@ fn machine() -> String {
         env!("CARGO_PKG_VERSION"),
         system.release().to_string_lossy(),
     )
-}
-
-/// A flag that SIGINT and SIGTERM raise.
-fn interrupted() -> Result<Arc<AtomicBool>> {
-    let interrupted = Arc::new(AtomicBool::new(false));
-    for signal in [SIGINT, SIGTERM] {
-        // The second time, the default: whoever insists gets out.
-        signal_hook::flag::register_conditional_default(signal, Arc::clone(&interrupted))?;
-        signal_hook::flag::register(signal, Arc::clone(&interrupted))?;
-    }
-    Ok(interrupted)
 }
 
 /// How far it is, of `runs`.

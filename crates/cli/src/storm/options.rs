@@ -118,10 +118,10 @@ impl StormArgs {
     /// Everything that can be refused before anything starts is refused here.
     pub(crate) fn plan(self) -> Result<StormPlan> {
         self.check_repeat()?;
-        let scenarios = if self.scenario.is_empty() { Scenario::ALL } else { &self.scenario };
+        let scenarios = self.scenarios();
         let policies = self.policies();
         let mut storms = Vec::new();
-        for &scenario in scenarios {
+        for scenario in scenarios {
             let storm = Storm {
                 scenario,
                 load: if self.bystanders { Load::Bystanders } else { Load::Storm },
@@ -159,9 +159,8 @@ impl StormArgs {
     /// The same for the kernel that is running.
     pub(super) fn kernel_plan(self) -> Result<KernelPlan> {
         self.check_repeat()?;
-        let scenarios = if self.scenario.is_empty() { Scenario::ALL.to_vec() } else { self.scenario };
         let plan = KernelPlan {
-            scenarios,
+            scenarios: self.scenarios(),
             vcpus: self.vcpus,
             threads: self.threads,
             memory: self.memory,
@@ -173,6 +172,11 @@ impl StormArgs {
         };
         plan.check()?;
         Ok(plan)
+    }
+
+    /// What blows, each once.
+    fn scenarios(&self) -> Vec<Scenario> {
+        if self.scenario.is_empty() { Scenario::ALL.to_vec() } else { each_once(&self.scenario) }
     }
 
     fn check_repeat(&self) -> Result<()> {
@@ -197,8 +201,8 @@ impl StormArgs {
         {
             return STORY.to_vec();
         }
-        fn or<T: Copy>(asked: &[T], linux: T) -> Vec<T> {
-            if asked.is_empty() { vec![linux] } else { asked.to_vec() }
+        fn or<T: Copy + PartialEq>(asked: &[T], linux: T) -> Vec<T> {
+            if asked.is_empty() { vec![linux] } else { each_once(asked) }
         }
         let linux = Policies::LINUX;
         let mut all = vec![linux];
@@ -233,4 +237,15 @@ impl StormArgs {
         });
         all
     }
+}
+
+/// What was asked for, in its order, without what was asked for again.
+fn each_once<T: Copy + PartialEq>(asked: &[T]) -> Vec<T> {
+    let mut all = Vec::new();
+    for choice in asked {
+        if !all.contains(choice) {
+            all.push(*choice);
+        }
+    }
+    all
 }

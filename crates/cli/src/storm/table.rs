@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use afterimage_storm::{Cell, Latency, Load, Measured, Scenario};
 
-use crate::units::{show_bytes, show_count, show_duration};
+use crate::units::{show_bytes, show_count, show_duration, show_number};
 
 /// Width of the rows' names.
 const NAMES: usize = 24;
@@ -148,12 +148,12 @@ fn write_block(f: &mut fmt::Formatter<'_>, scenario: Scenario, cells: &[&Cell]) 
     }
     writeln!(
         f,
-        "{:NAMES$}{} of memory, {} vCPUs, {} invalidating; medians of {} runs",
+        "{:NAMES$}{} of memory, {}, {} invalidating; medians of {}",
         "",
         show_bytes(first.memory_bytes),
-        first.vcpus,
+        show_number(first.vcpus, "vCPU"),
         first.threads,
-        first.runs
+        show_number(first.runs, "run")
     )?;
     let heads: Vec<_> = cells.iter().map(|cell| head(cell)).collect();
     for line in 0..heads[0].len() {

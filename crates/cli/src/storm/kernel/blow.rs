@@ -127,9 +127,19 @@ impl KernelStorm {
         }
         let mut times: Histogram<u64> = Histogram::new(3).expect("3 digits are in range");
         let looked_after = thread::scope(|scope| {
-            let threads: Vec<_> =
-                invalidators.into_iter().map(|invalidator| scope.spawn(|| invalidator.run(&over))).collect();
-            let looked_after = self.look_after(&plan, &guest, &memory, interrupted);
+            let mut threads = Vec::new();
+            let mut looked_after = Ok(());
+            for invalidator in invalidators {
+                match thread::Builder::new().spawn_scoped(scope, || invalidator.run(&over)) {
+                    Ok(thread) => threads.push(thread),
+                    Err(error) => {
+                        looked_after = Err(error).context("no thread can be started: see ulimit -u")
+                    }
+                }
+            }
+            if looked_after.is_ok() {
+                looked_after = self.look_after(&plan, &guest, &memory, interrupted);
+            }
             over.store(true, Relaxed);
             for thread in threads {
                 let taken = thread.join().map_err(|_| anyhow!("a thread that invalidates panicked"))??;

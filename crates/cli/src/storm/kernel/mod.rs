@@ -29,8 +29,9 @@ use self::blow::KernelStorm;
 use self::cell::{KernelCell, KernelTable};
 use self::memory::By;
 use self::watched::{Tables, Watched};
-use super::{bar, interrupted};
-use crate::output::{Output, ended};
+use super::{NOTHING, bar};
+use crate::output::{Output, ended, say};
+use crate::signals::interrupted;
 
 /// How long a run that is recorded blows, at most.
 const RECORDED: Duration = Duration::from_millis(100);
@@ -124,16 +125,19 @@ pub(crate) fn run(plan: &KernelPlan) -> Result<ExitCode> {
         }
     }
     bar.finish_and_clear();
+    let table = KernelTable { cells: &cells, left_out: &left_out }.to_string();
+    if cells.is_empty() {
+        Output::show(&table, true)?;
+        return Err(left_out.first().map_or(anyhow!(NOTHING), |first| anyhow!("no storm was run: {first}")));
+    }
+    if interrupted.load(Relaxed) {
+        let (done, all) = (cells.len() + left_out.len(), storms.len());
+        say(format_args!(
+            ": interrupted in storm {done} of {all}: the result is of what was measured until then"
+        ));
+    }
     let is_taken = json.as_ref().is_some_and(Output::is_standard);
-    let ran = match (&cells[..], &left_out[..]) {
-        ([], [first, ..]) => Err(anyhow!("no storm was run: {first}")),
-        _ => Ok(()),
-    };
-    let kept = [
-        json.map_or(Ok(()), |json| json.write_json(&cells)),
-        Output::show(&KernelTable { cells: &cells, left_out: &left_out }.to_string(), is_taken),
-        ran,
-    ];
+    let kept = [json.map_or(Ok(()), |json| json.write_json(&cells)), Output::show(&table, is_taken)];
     Ok(ended(cells.iter().all(|cell| cell.cell.is_good()), kept))
 }
 
