@@ -8,7 +8,7 @@ mod host;
 use core::hint::black_box;
 use std::process::{Command, ExitCode};
 
-use afterimage_mmu::{Access, Block, Fault, Gfn, Invalidations, MmuLock, Snapshot, Stale};
+use afterimage_mmu::{Access, Block, Fault, Gfn, MmuLock, Snapshot, Stale};
 
 use host::{AllResident, Bare, FRAMES, machine};
 
@@ -38,15 +38,15 @@ impl Work {
     }
 }
 
-type Check = fn(&Invalidations, Snapshot) -> Option<Stale>;
+type Check = fn(Snapshot<'_>) -> Option<Stale>;
 
 /// What a fault asks before it looks for its page.
-fn hint(words: &Invalidations, since: Snapshot) -> Option<Stale> {
-    words.hint(since)
+fn hint(since: Snapshot<'_>) -> Option<Stale> {
+    since.hint()
 }
 
 /// The same without looking.
-fn nothing(_words: &Invalidations, _since: Snapshot) -> Option<Stale> {
+fn nothing(_since: Snapshot<'_>) -> Option<Stale> {
     None
 }
 
@@ -54,10 +54,9 @@ fn nothing(_words: &Invalidations, _since: Snapshot) -> Option<Stale> {
 #[inline(never)]
 fn ask(check: Check, rounds: u64) {
     let (lock, check) = (MmuLock::<Bare>::new(), black_box(check));
-    let words = black_box(lock.invalidations());
-    let since = words.snapshot(Block::frame(Gfn::new(7)));
+    let since = lock.invalidations().snapshot(Block::frame(Gfn::new(7)));
     for _ in 0..rounds {
-        black_box(check(words, black_box(since)));
+        black_box(check(black_box(since)));
     }
 }
 

@@ -43,7 +43,13 @@ impl Block {
 
     #[inline]
     const fn aligned(first: u64, order: u32) -> Self {
-        if first >> GFN_BITS == 0 { Self(first << ORDER_BITS | order as u64) } else { Self::ALL }
+        if first >> GFN_BITS == 0 { Self(first << ORDER_BITS | order as u64) } else { Self::everything() }
+    }
+
+    /// Apart, so that what is nearly always so is a way of its own.
+    #[cold]
+    const fn everything() -> Self {
+        Self::ALL
     }
 
     /// Its frames are two to the power of this.

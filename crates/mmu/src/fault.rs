@@ -39,12 +39,13 @@ use crate::host::{
     PrimaryMmu, Privacy, SecondaryMmu,
 };
 use crate::intent::{Intent, Walker};
-use crate::invalidation::{Invalidations, Snapshot};
+use crate::invalidation::Invalidations;
 use crate::mmu_lock::{MmuReadGuard, Witness, sealed};
 use crate::mutation::{self, Mutation};
 use crate::outcome::{Emulate, FaultError, FaultOutcome, FaultResult, RetryPoint, retry};
 use crate::platform::Platform;
 use crate::slots::{Memslot, SlotFlags, SlotSet, SlotState};
+use crate::snapshot::Snapshot;
 use crate::vcpu_words::VcpuShared;
 
 /// The page of a fault: goes back unused unless told otherwise.
@@ -242,7 +243,7 @@ impl<'a, S: SecondaryMmu> Path<'a, S> {
     fn looks_doomed(&self, check: Precheck, since: Snapshot) -> bool {
         self.mmu.policy.precheck.contains(check)
             && !mutation::active(Mutation::InvertedSlotTest)
-            && self.mmu.hint(since).is_some()
+            && since.hint().is_some()
     }
 
     /// First without waiting; if the page needs I/O, once more with patience.
@@ -250,7 +251,7 @@ impl<'a, S: SecondaryMmu> Path<'a, S> {
         &self,
         primary: &M,
         slot: &Memslot,
-        since: &Snapshot,
+        since: &Snapshot<'_>,
     ) -> Result<S::Page, FaultInError<M::Error>>
     where
         M: PrimaryMmu<Page = S::Page>,
@@ -296,7 +297,7 @@ impl<'a, S: SecondaryMmu> Path<'a, S> {
         mut install: Install<'a, S>,
         slots: &SlotSet,
         slot: &Memslot,
-        since: Snapshot,
+        since: Snapshot<'_>,
         cache: &mut S::Cache,
     ) -> FaultResult<S, M>
     where
@@ -308,7 +309,7 @@ impl<'a, S: SecondaryMmu> Path<'a, S> {
             self.shared.counters.fault_in_wasted();
             return Ok(retry(RetryPoint::UnderLock, block));
         }
-        let Ok(fresh) = self.mmu.invalidations().verify(&install.witness, since) else {
+        let Ok(fresh) = install.witness.verify(since) else {
             self.shared.counters.fault_in_wasted();
             return Ok(retry(RetryPoint::UnderLock, block));
         };
@@ -357,14 +358,14 @@ impl<'a, S: SecondaryMmu> Path<'a, S> {
     }
 
     /// The page's content is lost. Poison is an install like any other, and checked like any other.
-    fn poison<M>(&self, slot: &Memslot, since: Snapshot, cause: M::Error) -> FaultResult<S, M>
+    fn poison<M>(&self, slot: &Memslot, since: Snapshot<'_>, cause: M::Error) -> FaultResult<S, M>
     where
         M: PrimaryMmu<Page = S::Page>,
     {
         let (gfn, block) = (self.fault.gfn, since.block());
         let witness = self.witness(block);
         self.still_there::<M>()?;
-        let Ok(fresh) = self.mmu.invalidations().verify(&witness, since) else {
+        let Ok(fresh) = witness.verify(since) else {
             return Ok(retry(RetryPoint::UnderLock, block));
         };
         match self.mmu.secondary().poison(fresh, slot, gfn) {
@@ -377,7 +378,7 @@ impl<'a, S: SecondaryMmu> Path<'a, S> {
         }
     }
 
-    fn no_slot<M>(&self, slots: &SlotSet, since: Snapshot, cache: &mut S::Cache) -> FaultResult<S, M>
+    fn no_slot<M>(&self, slots: &SlotSet, since: Snapshot<'_>, cache: &mut S::Cache) -> FaultResult<S, M>
     where
         M: PrimaryMmu<Page = S::Page>,
     {
@@ -386,7 +387,7 @@ impl<'a, S: SecondaryMmu> Path<'a, S> {
             return Err(FaultError::WrongPrivacy { gfn, accessed: Privacy::Private });
         }
         let frame = Block::frame(gfn);
-        if mutation::active(Mutation::InvertedSlotTest) && self.mmu.hint(since).is_some() {
+        if mutation::active(Mutation::InvertedSlotTest) && since.hint().is_some() {
             return Ok(retry(RetryPoint::BeforeFaultIn, frame));
         }
         if let Some(generation) = slots.generation() {

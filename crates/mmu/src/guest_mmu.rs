@@ -11,7 +11,7 @@ use crate::block::Block;
 use crate::dirty_ring::DirtyRing;
 use crate::host::{Blocking, SecondaryMmu};
 use crate::intent::Barrier;
-use crate::invalidation::{Invalidations, SequenceScope, Snapshot, Stale};
+use crate::invalidation::{Invalidations, SequenceScope};
 use crate::mmu_lock::{MmuLock, MmuWriteGuard};
 use crate::mutation::{self, Mutation};
 use crate::platform::Platform;
@@ -166,12 +166,6 @@ impl<S: SecondaryMmu> GuestMmu<S> {
         self.lock.invalidations()
     }
 
-    /// Whether the fault looks doomed, without the lock.
-    #[inline]
-    pub fn hint(&self, since: Snapshot) -> Option<Stale> {
-        self.lock.invalidations().hint(since)
-    }
-
     /// Faults so far, all vCPUs together, gone ones too.
     pub fn fault_stats(&self) -> FaultStats {
         // Held until the living are counted: a vCPU that goes away meanwhile is counted here or there, not nowhere.
@@ -204,7 +198,7 @@ impl<S: SecondaryMmu> GuestMmu<S> {
             } else {
                 self.ended.fetch_or(WAITERS, Ordering::AcqRel) | WAITERS
             };
-            let comes_back = self.policy.turns.is_some() && self.lock.invalidations().has_moved(since);
+            let comes_back = self.policy.turns.is_some() && since.has_moved();
             if comes_back || !self.lock.invalidations().covers(range) {
                 return;
             }

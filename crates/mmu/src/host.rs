@@ -7,9 +7,10 @@ use crate::addr::{Gfn, GfnRange, HvaRange, PageSize, Pfn};
 use crate::block::Block;
 use crate::flush::Flush;
 use crate::intent::{Walker, Walking};
-use crate::invalidation::{Fresh, MachineId, Snapshot};
+use crate::invalidation::MachineId;
 use crate::platform::Platform;
 use crate::slots::{Memslot, SlotSet, SpaceId};
+use crate::snapshot::{Fresh, Snapshot};
 use crate::vcpu_words::VcpuWords;
 use crate::zap::{Retired, ZapWalk};
 

@@ -22,8 +22,8 @@
 //! * the vCPU sees count and range, and retries.
 //!
 //! So no install of the range comes behind the zap. An announcement that is made after the look can only be followed by a
-//! verdict "covered", until the end; and after the end the sequence has moved. See
-//! [`Invalidations::verify`] for the order in which a verdict reads the words while they change.
+//! verdict "covered", until the end; and after the end the sequence has moved. See the module `invalidation`
+//! for the order in which a verdict reads the words while they change.
 //!
 //! Only invalidations of the announced frames wait, as long as the install takes. They hold no lock meanwhile, and park
 //! after a short spin: a vCPU that loses its CPU between announce and clear delays nobody else.
@@ -53,7 +53,7 @@ use crate::invalidation::{Invalidations, MachineId};
 use crate::mmu_lock::{Witness, sealed};
 use crate::mutation::{self, Mutation};
 use crate::platform::Platform;
-use crate::regions;
+use crate::regions::{self, Regions};
 use crate::sync::{AtomicU64, CachePadded, Ordering, ParkWord, compiler_fence, fence};
 use crate::vcpu_words::VcpuShared;
 
@@ -213,21 +213,21 @@ impl IntentWord {
     }
 }
 
-/// Words for blocks of one region, each for every so-manieth region.
+/// Words for blocks of one region.
 #[cfg(not(loom))]
-const REGIONS: usize = 16;
+const REGIONS: Regions = Regions { order: regions::SMALL, first: 0, words: 16 };
 /// Few under loom.
 #[cfg(loom)]
-const REGIONS: usize = 2;
+const REGIONS: Regions = Regions { order: regions::SMALL, first: 0, words: 2 };
 
 /// Index of the word for blocks that span regions.
-const SPANNING: usize = REGIONS;
+const SPANNING: usize = REGIONS.words;
 /// Index of the word for walks.
-const WALKS: usize = REGIONS + 1;
+const WALKS: usize = SPANNING + 1;
 
 /// All words of one vCPU. It announces one thing at a time: at most one of them is not quiet.
 #[derive(Debug)]
-pub(crate) struct IntentWords([CachePadded<IntentWord>; 2 + REGIONS]);
+pub(crate) struct IntentWords([CachePadded<IntentWord>; 1 + WALKS]);
 
 /// An announcement that was found.
 #[derive(Clone, Copy, Debug)]
@@ -244,7 +244,7 @@ impl IntentWords {
     /// The word to announce `block` in.
     #[inline]
     pub(crate) fn of(&self, block: Block) -> &IntentWord {
-        &self.0[regions::word_of(block, REGIONS, regions::TOO_LARGE)]
+        &self.0[if block.order() >= regions::TOO_LARGE { SPANNING } else { REGIONS.word_of(block) }]
     }
 
     /// The word to announce a walk in.
@@ -258,9 +258,10 @@ impl IntentWords {
     /// One answer is enough: what was announced before it is done, and seen to be done; what is announced later is announced behind
     /// the caller's barrier.
     pub(crate) fn named(&self, frames: GfnRange, covers: impl Fn(GfnRange) -> bool) -> Option<Announced> {
-        let touched = regions::words_of(frames, REGIONS);
-        let forgotten = usize::from(mutation::active(Mutation::DrainForgetsLastRegion));
-        let touched = touched.clone().take(touched.count() - forgotten);
+        let mut touched = REGIONS.words_of(frames);
+        if mutation::active(Mutation::DrainForgetsLastRegion) {
+            touched = touched.but_last();
+        }
         core::iter::once(SPANNING)
             .chain(touched)
             .skip(usize::from(mutation::active(Mutation::DrainForgetsSpanning)))
@@ -290,15 +291,20 @@ pub(crate) enum Waited {
 /// Dropping it says that the install is done.
 #[must_use = "an announcement that is dropped at once announces nothing"]
 pub struct Intent<'v, P: Platform> {
-    word: &'v IntentWord,
+    announced: Announcement<'v, P>,
     block: Block,
     invalidations: &'v Invalidations,
+}
+
+/// What is taken back when it is dropped. By itself, so that only this stays in memory on the way of a panic.
+struct Announcement<'v, P: Platform> {
+    word: &'v IntentWord,
     platform: PhantomData<fn() -> P>,
 }
 
 impl<P: Platform> fmt::Debug for Intent<'_, P> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Intent").field("word", &self.word.word).finish()
+        f.debug_struct("Intent").field("word", &self.announced.word.word).finish()
     }
 }
 
@@ -306,11 +312,11 @@ impl<'v, P: Platform> Intent<'v, P> {
     #[inline]
     pub(crate) fn announce(word: &'v IntentWord, invalidations: &'v Invalidations, block: Block) -> Self {
         word.announce(block.bits());
-        Self { word, block, invalidations, platform: PhantomData }
+        Self { announced: Announcement { word, platform: PhantomData }, block, invalidations }
     }
 }
 
-impl<P: Platform> Drop for Intent<'_, P> {
+impl<P: Platform> Drop for Announcement<'_, P> {
     // Always: a call on the way of a panic would keep the intent in memory on every other way, too.
     #[inline(always)]
     fn drop(&mut self) {

@@ -5,7 +5,7 @@
 //! | word | changed with `mmu_lock` held for write | meaning |
 //! |---|---|---|
 //! | `words[ALL]` | `begin`: count +1. `end`: count −1 and sequence +1, in one store | invalidations between begin and end, and those that ended |
-//! | `words[1..]` | likewise, for each region of 2 MiB that the ranges touch, with [`SequenceScope::Region`] | those of them that touched the region |
+//! | the others | likewise, for each region of 2 MiB that the ranges touch, or of 1 GiB if those are many, with [`SequenceScope::Region`] | those of them that touched the region |
 //! | hull and entries (module `ranges`) | `begin` and `end` | which frames |
 //!
 //! `begin` writes the ranges and *then* raises the counts; `end` drops a count and bumps its sequence at once, and only then
@@ -17,14 +17,14 @@
 //!
 //! Words that are written one after the other can be seen torn without the lock. So there are two checks:
 //!
-//! * [`Invalidations::hint`] takes no lock. It may miss an invalidation and may see one that is over. It gives
+//! * [`Snapshot::hint`] takes no lock. It may miss an invalidation and may see one that is over. It gives
 //!   only a reason to retry, never a right to install.
-//! * [`Invalidations::verify`] needs a [`Witness`](crate::Witness), and gives [`Fresh`], the right to install, which cannot
+//! * [`Witness::verify`](crate::Witness::verify) gives [`Fresh`](crate::Fresh), the right to install, which cannot
 //!   outlive the witness. `mmu_lock` keeps the words still. An announced [`Intent`](crate::Intent) does not, and so:
 //!
-//! A verdict reads its word once. If that says "none active" and "none has ended since", both in one comparison, it is fresh: an invalidation of these
-//! frames that raised the word before would show in it, as active or as ended; one that raises it later looks at the announcements
-//! later still, and waits for this one. If it says "active", the ranges are read, and then the word again, each Acquire: ranges
+//! A verdict reads its two words once. If they say "none active" and "none has ended since", all in one comparison, it is fresh: an invalidation
+//! of these frames that raised one of them before would show in it, as active or as ended; one that raises it later looks at the announcements
+//! later still, and waits for this one. If they say "active", the ranges are read, and then the words again, each Acquire: ranges
 //! that were emptied or reused after an end lead to the sequence that this end bumped. Ranges
 //! that are half written belong to an invalidation that has not looked at the announcements yet.
 //!
@@ -36,41 +36,50 @@
 //! KVM has one sequence and one count: an end anywhere fails every fault that is under way, unrelated invalidations can hold a
 //! fault back without bound, and each of them takes the line that all faults read. With [`SequenceScope::Region`] an invalidation
 //! changes, besides the word of all, the word of every region that its ranges touch, and a fault whose
-//! frames lie in one region looks at that region's word alone, on a cache line of its own. The argument stays: an invalidation
-//! that covers the fault's frames touches their region, so it changes the word that the fault looks at. Frames that span regions
-//! are checked against the word of all.
+//! frames lie in one region looks at two words: that of the region, and that of the 1 GiB around it, each on a cache line of its own.
+//! Narrow invalidations change the former, wide ones (more than 64 regions) the latter, so that 1 GiB is begun and ended by one or two stores
+//! and its neighbours see nothing of it. A word grows with each change, so the sum of two is what it was only if both are, and is compared as if it were
+//! one word. The argument stays: an invalidation
+//! that covers the fault's frames touches their region, so it changes one of the words that the fault looks at. Frames that span regions
+//! are checked against the word of all, taken twice.
 //!
 //! Source: Linux `kvm_mmu_invalidate_begin`, `kvm_mmu_invalidate_range_add`, `kvm_mmu_invalidate_end`,
 //! `mmu_invalidate_retry_gfn` and `mmu_invalidate_retry_gfn_unsafe`.
 
 use core::fmt;
-use core::marker::PhantomData;
 use core::num::NonZeroU64;
 
 use crate::addr::GfnRange;
 use crate::block::Block;
-use crate::intent::Walking;
-use crate::mmu_lock::Witness;
 use crate::mutation::{self, Mutation};
 use crate::ranges::{Coverage, Ranges, Tracks};
-use crate::regions;
+use crate::regions::{self, Regions};
+use crate::snapshot::Snapshot;
 use crate::sync::{AtomicU64, CachePadded, Ordering};
 
-/// Words for regions.
+/// Words for regions of 2 MiB.
 #[cfg(not(loom))]
-const REGIONS: usize = 128;
+const SMALL: Regions = Regions { order: regions::SMALL, first: 0, words: 128 };
 /// Few under loom.
 #[cfg(loom)]
-const REGIONS: usize = 2;
+const SMALL: Regions = Regions { order: regions::SMALL, first: 0, words: 2 };
+/// Words for regions of 1 GiB.
+#[cfg(not(loom))]
+const WIDE: Regions = Regions { order: regions::WIDE, first: SMALL.words, words: 16 };
+/// Few under loom.
+#[cfg(loom)]
+const WIDE: Regions = Regions { order: regions::WIDE, first: SMALL.words, words: 2 };
 /// Index of the word that every invalidation changes.
-const ALL: usize = REGIONS;
+const ALL: usize = WIDE.first + WIDE.words;
+/// An invalidation that touches more small regions changes the words of the wide ones.
+const MANY: u64 = SMALL.words as u64 / 2;
 
-/// Bits of a word, from below: the count of active invalidations, the sequence of those that ended. The highest is never set.
+/// Bits of a word, from below: the count of active invalidations, the sequence of those that ended.
 const COUNT_BITS: u32 = 16;
 const COUNT: u64 = (1 << COUNT_BITS) - 1;
 const ONE_ENDED: u64 = 1 << COUNT_BITS;
-const WORD: u64 = u64::MAX >> 1;
-
+/// Half of what can be counted: two words are added up.
+const MOST_ACTIVE: u64 = COUNT >> 1;
 /// Which invalidations make a fault under way retry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SequenceScope {
@@ -102,7 +111,7 @@ pub struct Invalidations {
     too_large: u32,
     /// On lines of their own: faults that find none active do not look at them.
     ranges: CachePadded<Ranges>,
-    words: [CachePadded<AtomicU64>; 1 + REGIONS],
+    words: [CachePadded<AtomicU64>; 1 + ALL],
 }
 
 impl fmt::Debug for Invalidations {
@@ -111,40 +120,6 @@ impl fmt::Debug for Invalidations {
             .field("in_progress", &self.in_progress())
             .field("ranges", &self.ranges.0)
             .finish_non_exhaustive()
-    }
-}
-
-/// The invalidations of some frames as they were before their pages were looked up.
-///
-/// Whoever resolves a page asks for one, so that it cannot be taken too late; and a verdict can be about no other frames.
-#[must_use = "a snapshot that nothing is verified against protects nothing"]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Snapshot {
-    /// From below: the index of the block's word, the block. Two words in all, so that a snapshot stays in registers.
-    at: u64,
-    /// What the word said; with the highest bit, if any were active: then it says something else the next time.
-    said: u64,
-}
-
-const WORD_BITS: u32 = 8;
-const _: () = assert!(ALL < 1 << WORD_BITS && Block::BITS + WORD_BITS <= u64::BITS);
-
-impl Snapshot {
-    #[inline]
-    fn new(block: Block, word: usize, said: u64) -> Self {
-        let said = if active(said) == 0 { said } else { said | !WORD };
-        Self { at: block.bits() << WORD_BITS | word as u64, said }
-    }
-
-    /// The frames that it is of.
-    #[inline]
-    pub fn block(self) -> Block {
-        Block::from_bits(self.at >> WORD_BITS)
-    }
-
-    #[inline]
-    fn word(self) -> usize {
-        (self.at & ((1 << WORD_BITS) - 1)) as usize
     }
 }
 
@@ -158,40 +133,6 @@ pub struct Begun {
     tracks: Tracks,
 }
 
-/// The right to install translations for a range of frames, as long as the witness `'w` lives.
-///
-/// Only [`Invalidations::verify`] makes one.
-#[must_use = "verified for nothing: install, or do not verify"]
-#[derive(Debug)]
-pub struct Fresh<'w> {
-    block: Block,
-    machine: MachineId,
-    witness: PhantomData<&'w ()>,
-}
-
-impl<'w> Fresh<'w> {
-    /// The right to follow links between tables, as long as the witness lives.
-    #[inline]
-    pub fn walking(&self) -> Walking<'w> {
-        Walking::new(self.machine)
-    }
-
-    /// The frames that may be installed.
-    #[inline]
-    pub fn range(&self) -> GfnRange {
-        self.block.range()
-    }
-}
-
-/// Why a fault must be retried.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stale {
-    /// An invalidation whose hull covers the frames is active (or seems to be, for a hint).
-    Covered,
-    /// An invalidation that the snapshot's [`SequenceScope`] counts has ended since.
-    SequenceMoved,
-}
-
 /// Why an invalidation cannot begin. Nothing has changed. Not reachable through
 /// [`GuestMmu::invalidate`](crate::GuestMmu::invalidate).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -201,19 +142,25 @@ pub enum InvalidationError {
     #[error("an invalidation of no frames was begun: it would hold no fault back")]
     NoFrames,
     /// As many are active as can be counted.
-    #[error("65535 invalidations are active: end some before another begins")]
+    #[error("32767 invalidations are active: end some before another begins")]
     TooMany,
 }
 
-/// How many are active, by what a word says.
+/// What two words say: their sum. Each only grows, so the sum is the same again only if both are.
 #[inline]
-fn active(said: u64) -> u64 {
+pub(crate) fn said([small, wide]: [&AtomicU64; 2], ordering: Ordering) -> u64 {
+    small.load(ordering).wrapping_add(wide.load(ordering))
+}
+
+/// How many are active, by what is said.
+#[inline]
+pub(crate) fn active(said: u64) -> u64 {
     said & COUNT
 }
 
-/// The sequence, by what a word says.
-fn ended(said: u64) -> u64 {
-    (said & WORD) >> COUNT_BITS
+/// The sequence, by what is said.
+pub(crate) fn ended(said: u64) -> u64 {
+    said >> COUNT_BITS
 }
 
 impl Invalidations {
@@ -233,72 +180,34 @@ impl Invalidations {
         self.machine
     }
 
+    /// Where something is said about `block`: the words of its small region and of its wide one.
+    #[inline]
+    pub(crate) fn words_for(&self, block: Block) -> [&AtomicU64; 2] {
+        let [small, wide] = match block.order() >= self.too_large {
+            true => [ALL, ALL],
+            false => [SMALL.word_of(block), WIDE.word_of(block)],
+        };
+        let wide = if mutation::active(Mutation::WideUnread) { small } else { wide };
+        [small, wide].map(|word| &self.words[word].0)
+    }
+
     /// Samples what counts for `block`. Everything that can go stale (attributes, the page) is looked up after this.
     #[inline]
-    pub fn snapshot(&self, block: Block) -> Snapshot {
-        let word = regions::word_of(block, REGIONS, self.too_large);
-        // Acquire: who sees the new number sees what the primary MMU did before that end.
-        let said = self.words[word].load(Ordering::Acquire);
-        Snapshot::new(block, word, said)
-    }
-
-    /// The lock-free check: whether the fault looks doomed. `None` promises nothing.
-    // Always: it is shorter than a call that keeps what the caller has in registers.
-    #[inline(always)]
-    pub fn hint(&self, since: Snapshot) -> Option<Stale> {
-        let now = self.words[since.word()].load(Ordering::Relaxed);
-        if now == since.said { None } else { self.look(since, now, Ordering::Relaxed).err() }
-    }
-
-    /// The check that counts.
-    ///
-    /// # Panics
-    /// If `witness` belongs to another lock than these words, or was announced for other frames: it would keep nothing true.
-    #[inline]
-    pub fn verify<'w, W: Witness>(&self, witness: &'w W, since: Snapshot) -> Result<Fresh<'w>, Stale> {
-        assert!(core::ptr::eq(witness.invalidations(), self), "a witness of another virtual machine");
-        let block = since.block();
-        assert!(witness.protects(block), "an intent of other frames");
-        let fresh = Fresh { block, machine: self.machine, witness: PhantomData };
-        // Acquire: see the module documentation.
-        let ordering = mutation::unless(Mutation::VerifyRelaxed, Ordering::Acquire);
-        let now = self.words[since.word()].load(ordering);
-        if now == since.said || mutation::active(Mutation::VerifyAlwaysFresh) {
-            return Ok(fresh);
-        }
-        self.look(since, now, ordering).map(|()| fresh)
-    }
-
-    /// A closer look at a word that says `now`: few faults are under way while an invalidation of their region is.
-    #[cold]
-    fn look(&self, since: Snapshot, now: u64, ordering: Ordering) -> Result<(), Stale> {
-        let is_active = active(now) != 0 && !mutation::active(Mutation::VerifyIgnoresRange);
-        if is_active && self.ranges.overlap(since.block().range(), ordering) {
-            return Err(Stale::Covered);
-        }
-        // Again, behind the ranges: they may be those of a later invalidation.
-        let now = match mutation::active(Mutation::VerifyLooksOnce) {
-            true => now,
-            false => self.words[since.word()].load(Ordering::Relaxed),
-        };
-        let moved = ended(now) != ended(since.said);
-        if moved && !mutation::active(Mutation::VerifyIgnoresSequence) {
-            return Err(Stale::SequenceMoved);
-        }
-        Ok(())
-    }
-
-    /// Whether an invalidation that counts has ended since.
-    pub(crate) fn has_moved(&self, since: Snapshot) -> bool {
-        ended(self.words[since.word()].load(Ordering::Acquire)) != ended(since.said)
+    pub fn snapshot(&self, block: Block) -> Snapshot<'_> {
+        Snapshot::take(self, block)
     }
 
     /// Whether an active invalidation covers a frame of `range`, as far as can be told without the lock.
     ///
     /// Acquire: who reads "over" here and samples the sequence next reads it bumped.
     pub fn covers(&self, range: GfnRange) -> bool {
-        let said = self.snapshot(Block::around(range)).said;
-        active(said) != 0 && self.ranges.overlap(range, Ordering::Acquire)
+        let words = self.words_for(Block::around(range));
+        active(said(words, Ordering::Acquire)) != 0 && self.ranges.overlap(range, Ordering::Acquire)
+    }
+
+    /// Whether the range of an active invalidation has a frame of `block`. The caller has found one active.
+    pub(crate) fn overlap(&self, block: Block, ordering: Ordering) -> bool {
+        self.ranges.overlap(block.range(), ordering)
     }
 
     /// How many invalidations are active.
@@ -307,16 +216,16 @@ impl Invalidations {
         active(self.words[ALL].load(Ordering::Acquire))
     }
 
-    /// The words that an invalidation of `frames` changes.
+    /// The words that an invalidation of `frames` changes. Depends on nothing else: the end changes those that the begin did.
     fn words_of(&self, frames: GfnRange) -> impl Iterator<Item = &AtomicU64> {
-        let regions = regions::words_of(frames, REGIONS);
-        let touched = match self.scope {
-            SequenceScope::Global => 0,
-            SequenceScope::Region => regions.clone().count(),
+        let regions = match self.scope {
+            SequenceScope::Global => None,
+            SequenceScope::Region if SMALL.touched_by(frames) > MANY => Some(WIDE.words_of(frames)),
+            SequenceScope::Region => Some(SMALL.words_of(frames)),
         };
-        let forgotten = usize::from(mutation::active(Mutation::LastRegionForgotten));
-        let regions = regions.take(touched.saturating_sub(forgotten));
-        core::iter::once(ALL).chain(regions).map(|word| &self.words[word].0)
+        let forgotten = mutation::active(Mutation::LastRegionForgotten);
+        let touched = regions.map(|words| if forgotten { words.but_last() } else { words });
+        core::iter::once(ALL).chain(touched.into_iter().flatten()).map(|word| &self.words[word].0)
     }
 
     /// Publishes all ranges of an invalidation, and then raises the counts. `mmu_lock` is held for write. Nobody ever sees it
@@ -329,7 +238,7 @@ impl Invalidations {
         let frames = ranges.clone().reduce(GfnRange::hull).ok_or(InvalidationError::NoFrames)?;
         let is_first = match self.in_progress() {
             0 => true,
-            COUNT => return Err(InvalidationError::TooMany),
+            MOST_ACTIVE.. => return Err(InvalidationError::TooMany),
             _ => false,
         };
         let tracks = self.ranges.begin(is_first, frames, ranges);
@@ -363,6 +272,6 @@ impl Invalidations {
         let bumped = if mutation::active(Mutation::EndKeepsSequence) { 0 } else { ONE_ENDED };
         // Release: who samples the new number sees what the primary MMU did before this end.
         let ordering = mutation::unless(Mutation::BumpRelaxed, Ordering::Release);
-        word.store((before - 1).wrapping_add(bumped) & WORD, ordering);
+        word.store((before - 1).wrapping_add(bumped), ordering);
     }
 }

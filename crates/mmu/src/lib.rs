@@ -36,8 +36,8 @@
 //! A verdict ("no invalidation covers this, and none has ended since the snapshot") is worth something only while
 //! something keeps it true. That something is a [`Witness`]: `mmu_lock`, held for read or for write, since invalidations
 //! change their words only with it held for write; or an announced [`Intent`], which the invalidations of its frames wait for
-//! before they zap. [`Policy::witness`] chooses. [`Invalidations::verify`] takes a witness and gives [`Fresh`], which cannot outlive it, and only a `Fresh` makes [`SecondaryMmu::map`] install anything. [`Invalidations::hint`] takes none, and
-//! gives only a reason to retry. So the three mistakes that reviewers of the kernel look for do not compile:
+//! before they zap. [`Policy::witness`] chooses. [`Witness::verify`] gives [`Fresh`], which cannot outlive the witness, and only a
+//! `Fresh` makes [`SecondaryMmu::map`] install anything. [`Snapshot::hint`] needs no witness, and gives only a reason to retry. So the three mistakes that reviewers of the kernel look for do not compile:
 //!
 //! | mistake | why it does not compile |
 //! |---|---|
@@ -215,6 +215,7 @@ mod readers;
 mod regions;
 mod roots;
 mod slots;
+mod snapshot;
 mod stats;
 mod sync;
 mod turns;
@@ -234,9 +235,7 @@ pub use host::{
     PageRef, PageUse, Patience, PrimaryMmu, Privacy, SecondaryMmu, Young, Zap,
 };
 pub use intent::{Barrier, Intent, WalkSection, Walker, Walking};
-pub use invalidation::{
-    Begun, Fresh, InvalidationError, Invalidations, MachineId, SequenceScope, Snapshot, Stale,
-};
+pub use invalidation::{Begun, InvalidationError, Invalidations, MachineId, SequenceScope};
 pub use lock::RawMmuLock;
 pub use mmu_lock::{MmuLock, MmuReadGuard, MmuWriteGuard, Witness};
 pub use notifier::Invalidation;
@@ -244,6 +243,7 @@ pub use outcome::{Emulate, FaultError, FaultOutcome, Retry, RetryPoint};
 pub use platform::{Platform, Spin};
 pub use ranges::Coverage;
 pub use slots::{MAX_SPACES, Memslot, SlotError, SlotFlags, SlotId, SlotSet, SlotState, SpaceId};
+pub use snapshot::{Fresh, Snapshot, Stale};
 pub use stats::{FaultStats, InvalidationStats};
 pub use sync::ParkWord;
 pub use turns::Turns;

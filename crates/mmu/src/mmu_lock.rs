@@ -9,6 +9,7 @@ use crate::invalidation::{Begun, InvalidationError, Invalidations, SequenceScope
 use crate::lock::RawMmuLock;
 use crate::platform::Platform;
 use crate::ranges::Coverage;
+use crate::snapshot::{Fresh, Snapshot, Stale};
 use crate::sync::CachePadded;
 
 /// Something whose life keeps the [`Invalidations`] still, so that a verdict on them holds as long as it lives.
@@ -23,6 +24,20 @@ pub trait Witness: sealed::Sealed {
     #[inline]
     fn protects(&self, _block: Block) -> bool {
         true
+    }
+
+    /// The check that counts: whether nothing has gone stale since, and nothing can while the witness lives.
+    ///
+    /// # Panics
+    /// If it belongs to another machine than the snapshot, or was announced for other frames: it would keep nothing true.
+    #[inline]
+    fn verify(&self, since: Snapshot<'_>) -> Result<Fresh<'_>, Stale> {
+        assert!(
+            core::ptr::eq(self.invalidations(), since.invalidations()),
+            "a witness of another virtual machine"
+        );
+        assert!(self.protects(since.block()), "an intent of other frames");
+        since.verify()
     }
 
     /// The right to follow links between tables while it lives.
@@ -70,7 +85,7 @@ impl<P: Platform> MmuLock<P> {
         Self { raw: CachePadded(RawMmuLock::new()), invalidations }
     }
 
-    /// The words, for what needs no lock: [`Invalidations::snapshot`] and [`Invalidations::hint`].
+    /// The words, for what needs no lock: [`Invalidations::snapshot`].
     #[inline]
     pub fn invalidations(&self) -> &Invalidations {
         &self.invalidations

@@ -23,6 +23,8 @@ pub enum Mutation {
     EndKeepsSequence,
     /// An invalidation leaves out the last region that it touches.
     LastRegionForgotten,
+    /// A fault does not look at the word that wide invalidations change.
+    WideUnread,
     /// A zap leaves out the last frame of the range.
     ZapForgetsLastFrame,
     /// A zap gives the lock up without flushing first (rule F2).

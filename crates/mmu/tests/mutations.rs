@@ -67,6 +67,8 @@ rules! {
         precheck::a_page_looked_up_before_an_end_is_not_installed_after_it;
     an_invalidation_counts_in_every_region_it_touches: LastRegionForgotten is noticed by
         words::an_invalidation_counts_in_the_regions_it_touches;
+    a_fault_looks_at_wide_invalidations: WideUnread is noticed by
+        words::an_invalidation_counts_in_the_regions_it_touches;
     a_drain_looks_at_every_region: DrainForgetsLastRegion is noticed by
         intents::an_invalidation_waits_for_blocks_around_its_frames;
     a_drain_looks_at_blocks_that_span_regions: DrainForgetsSpanning is noticed by

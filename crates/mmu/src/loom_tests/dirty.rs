@@ -11,10 +11,10 @@ use crate::host::{
     Access, FastFault, Fault, FaultInError, Found, Mapped, Patience, PrimaryMmu, SecondaryMmu, Zap,
 };
 use crate::intent::Walker;
-use crate::invalidation::{Fresh, Snapshot};
 use crate::mutation::Mutation;
 use crate::platform::model::Loom;
 use crate::slots::{Memslot, SlotId, SpaceId};
+use crate::snapshot::{Fresh, Snapshot};
 use crate::zap::{Walk, ZapWalk, Zapped};
 
 const FRAME: Gfn = Gfn::new(4);

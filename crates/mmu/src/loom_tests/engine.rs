@@ -10,11 +10,11 @@ use crate::guest_mmu::{GuestMmu, Policy, Precheck, WitnessKind, YieldPolicy};
 use crate::host::{
     Access, Blocking, Fault, FaultInError, Mapped, PageRef, PageUse, Patience, PrimaryMmu, SecondaryMmu, Zap,
 };
-use crate::invalidation::{Fresh, Snapshot};
 use crate::mutation::Mutation;
 use crate::outcome::FaultOutcome;
 use crate::platform::model::Loom;
 use crate::slots::{Memslot, SlotId, SpaceId};
+use crate::snapshot::{Fresh, Snapshot};
 use crate::turns::Turns;
 use crate::zap::{Walk, ZapWalk, Zapped};
 

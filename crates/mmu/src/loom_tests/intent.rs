@@ -11,7 +11,7 @@ use crate::addr::{Gfn, GfnRange};
 use crate::block::Block;
 use crate::intent::{Barrier, Intent, Walker};
 use crate::invalidation::{Begun, SequenceScope};
-use crate::mmu_lock::MmuLock;
+use crate::mmu_lock::{MmuLock, Witness as _};
 use crate::mutation::Mutation;
 use crate::platform::Platform;
 use crate::platform::model::{Loom, LoomSpin};
@@ -21,7 +21,7 @@ use crate::vcpu_words::{VcpuShared, VcpuWords};
 const FRAME: GfnRange = GfnRange::frame(Gfn::new(4));
 /// The huge page around it.
 const BLOCK: GfnRange = GfnRange::new(Gfn::new(4), Gfn::new(6));
-/// Beyond the region.
+/// Beyond the region: an invalidation of it is a wide one.
 const SPANNING: GfnRange = GfnRange::new(Gfn::new(4), Gfn::new(8));
 /// In the same region.
 const NEIGHBOUR: GfnRange = GfnRange::frame(Gfn::new(5));
@@ -57,7 +57,7 @@ impl<P: Platform> Frames<P> {
         let since = invalidations.snapshot(block);
         let page = self.page.load(Ordering::Relaxed);
         let intent = Intent::<P>::announce(vcpu.intents.of(block), invalidations, block);
-        if invalidations.verify(&intent, since).is_ok() {
+        if intent.verify(since).is_ok() {
             self.entry.store(page, Ordering::Relaxed);
         }
         drop(intent);
@@ -71,7 +71,12 @@ impl<P: Platform> Frames<P> {
 
     /// An invalidation of the frame that replaces the page.
     fn replace(&self, page: u64) {
-        let begun = self.begin(FRAME);
+        self.replace_within(FRAME, page);
+    }
+
+    /// The same, of more frames at once.
+    fn replace_within(&self, range: GfnRange, page: u64) {
+        let begun = self.begin(range);
         self.entry.store(0, Ordering::Relaxed);
         // The old page is freed here. Nothing may show it, or anything else, until the end.
         self.page.store(page, Ordering::Relaxed);
@@ -139,6 +144,25 @@ fn a_fault_against_two_ranges_in_turn() {
     });
 }
 
+fn a_fault_against_a_wide_invalidation() {
+    one_fault(SequenceScope::Region, FRAME, |block| block.replace_within(SPANNING, 2));
+}
+
+/// They change two words of which the fault takes the sum.
+fn a_fault_against_a_wide_and_a_narrow_one_in_turn() {
+    one_fault(SequenceScope::Region, FRAME, |block| {
+        block.replace_within(SPANNING, 2);
+        block.take_away(NEIGHBOUR);
+    });
+}
+
+fn a_fault_against_a_narrow_and_a_wide_one_in_turn() {
+    one_fault(SequenceScope::Region, FRAME, |block| {
+        block.replace(2);
+        block.take_away(SPANNING);
+    });
+}
+
 /// The same vCPU faults again: its second announcement is not taken for its first.
 fn two_faults_against_an_invalidation() {
     // Nobody parks: the fence that parking takes would stand for the ordering of the second announcement.
@@ -188,6 +212,11 @@ fn a_fault_against_two_invalidators() {
 /// Both in one region.
 fn a_fault_against_two_invalidators_of_its_region() {
     two_invalidators(Coverage::Hull, NEIGHBOUR);
+}
+
+/// One of them a wide one.
+fn a_fault_against_a_wide_and_a_narrow_one_at_once() {
+    two_invalidators(Coverage::Hull, SPANNING);
 }
 
 /// And only one entry: whoever comes second is known to the hull alone.
@@ -285,6 +314,29 @@ fn loom_no_stale_entry_survives_without_the_lock() {
     holds("intent across regions, invalidation", 4, a_fault_across_regions_against_an_invalidation);
     holds("intent, two invalidators", 2, a_fault_against_two_invalidators);
     holds("intent, two invalidators of its region", 2, a_fault_against_two_invalidators_of_its_region);
+}
+
+#[test]
+fn loom_no_stale_entry_survives_wide_invalidations() {
+    holds("intent, wide invalidation", 4, a_fault_against_a_wide_invalidation);
+    holds("intent, wide, then narrow", 3, a_fault_against_a_wide_and_a_narrow_one_in_turn);
+    holds("intent, narrow, then wide", 3, a_fault_against_a_narrow_and_a_wide_one_in_turn);
+    holds("intent, wide and narrow at once", 2, a_fault_against_a_wide_and_a_narrow_one_at_once);
+}
+
+#[test]
+fn loom_each_rule_of_a_wide_invalidation_is_needed() {
+    for rule in [
+        Mutation::WideUnread,
+        Mutation::LastRegionForgotten,
+        Mutation::BeginWithoutDrain,
+        Mutation::EndKeepsSequence,
+    ] {
+        fails_without(rule, &["stale: "], 3, a_fault_against_a_wide_invalidation);
+    }
+    for rule in [Mutation::VerifyRelaxed, Mutation::VerifyLooksOnce, Mutation::BeginRelaxed] {
+        fails_without(rule, &["stale: "], 3, a_fault_against_a_wide_and_a_narrow_one_in_turn);
+    }
 }
 
 #[test]

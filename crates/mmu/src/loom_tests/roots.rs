@@ -10,10 +10,10 @@ use crate::addr::{Gfn, GfnRange, Pfn};
 use crate::flush::Flush;
 use crate::guest_mmu::{GuestMmu, Policy, YieldPolicy};
 use crate::host::{Fault, Mapped, SecondaryMmu, Zap};
-use crate::invalidation::Fresh;
 use crate::mutation::Mutation;
 use crate::platform::model::Loom;
 use crate::slots::{Memslot, SlotSet};
+use crate::snapshot::Fresh;
 use crate::vcpu_words::Requests;
 use crate::zap::{Retired, RetiredTable, ZapWalk};
 

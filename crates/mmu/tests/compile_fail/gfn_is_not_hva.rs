@@ -3,7 +3,7 @@
 use afterimage_mmu::{Block, Blocking, Gfn, GfnRange, GuestMmu, Hva, HvaRange, SecondaryMmu, Zap};
 
 fn doomed<S: SecondaryMmu>(mmu: &GuestMmu<S>, hvas: HvaRange) -> bool {
-    mmu.hint(mmu.invalidations().snapshot(Block::around(hvas))).is_some()
+    mmu.invalidations().snapshot(Block::around(hvas)).hint().is_some()
 }
 
 fn invalidate<S: SecondaryMmu>(mmu: &GuestMmu<S>, gfns: GfnRange) {

@@ -8,7 +8,7 @@ where
 {
     let range = GfnRange::frame(fault.gfn);
     let since = mmu.invalidations().snapshot(Block::frame(fault.gfn));
-    match mmu.hint(since) {
+    match since.hint() {
         None => drop(mmu.secondary().map(range, slot, fault, page, cache)),
         Some(fresh) => drop(mmu.secondary().map(fresh, slot, fault, page, cache)),
     }

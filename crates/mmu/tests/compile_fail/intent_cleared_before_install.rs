@@ -1,6 +1,6 @@
 //! A verdict is worth something only while the intent is announced, and a vCPU announces one at a time.
 
-use afterimage_mmu::{Block, Fault, Memslot, SecondaryMmu, Snapshot, Vcpu};
+use afterimage_mmu::{Block, Fault, Memslot, SecondaryMmu, Snapshot, Vcpu, Witness as _};
 
 fn cleared<S: SecondaryMmu>(
     vcpu: &mut Vcpu<'_, S>,
@@ -12,7 +12,7 @@ fn cleared<S: SecondaryMmu>(
 ) {
     let mmu = vcpu.mmu();
     let intent = vcpu.announce(since.block());
-    let fresh = mmu.invalidations().verify(&intent, since).unwrap();
+    let fresh = intent.verify(since).unwrap();
     drop(intent);
     let _ = mmu.secondary().map(fresh, slot, fault, page, cache);
 }

@@ -1,6 +1,6 @@
 //! A verdict is worth something only while the lock is held.
 
-use afterimage_mmu::{Block, Fault, Memslot, MmuLock, Platform, SecondaryMmu};
+use afterimage_mmu::{Block, Fault, Memslot, MmuLock, Platform, SecondaryMmu, Witness as _};
 
 fn dropped<P: Platform, S: SecondaryMmu>(
     lock: &MmuLock<P>,
@@ -12,7 +12,7 @@ fn dropped<P: Platform, S: SecondaryMmu>(
 ) {
     let since = lock.invalidations().snapshot(Block::frame(fault.gfn));
     let guard = lock.read();
-    if let Ok(fresh) = lock.invalidations().verify(&guard, since) {
+    if let Ok(fresh) = guard.verify(since) {
         drop(guard);
         let _ = tables.map(fresh, slot, fault, page, cache);
     }
@@ -28,7 +28,7 @@ fn given_way<P: Platform, S: SecondaryMmu>(
 ) {
     let since = lock.invalidations().snapshot(Block::frame(fault.gfn));
     let mut guard = lock.read();
-    if let Ok(fresh) = lock.invalidations().verify(&guard, since) {
+    if let Ok(fresh) = guard.verify(since) {
         guard.bump();
         let _ = tables.map(fresh, slot, fault, page, cache);
     }

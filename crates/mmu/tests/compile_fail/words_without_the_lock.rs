@@ -16,8 +16,8 @@ fn begin<P: Platform>(lock: &MmuLock<P>) {
     let _ = lock.read().begin(frame);
 }
 
-fn verify<P: Platform>(lock: &MmuLock<P>, since: Snapshot) -> bool {
-    lock.invalidations().verify(&(), since).is_ok()
+fn verify(since: Snapshot<'_>) -> bool {
+    since.verify().is_ok()
 }
 
 fn main() {}

@@ -4,7 +4,7 @@ use core::sync::atomic::{AtomicBool, Ordering};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use afterimage_mmu::{Access, Block, FaultOutcome, Gfn, GfnRange, Policy, Stale, WitnessKind};
+use afterimage_mmu::{Access, Block, FaultOutcome, Gfn, GfnRange, Policy, Stale, Witness as _, WitnessKind};
 
 use crate::support::gate::{Finished, Gate, Opened, Parks};
 use crate::support::hooks::Point;
@@ -75,14 +75,14 @@ pub(crate) fn an_announced_block_is_verified_like_a_fault() {
     let (frame, words) = (Block::frame(Gfn::new(3)), machine.mmu.invalidations());
     let since = words.snapshot(frame);
     let intent = guest.vcpu.announce(frame);
-    assert_eq!(words.verify(&intent, since).map(|fresh| fresh.range()), Ok(frame.range()));
+    assert_eq!(intent.verify(since).map(|fresh| fresh.range()), Ok(frame.range()));
     drop(intent);
     let invalidation = machine.invalidate(3, 4);
     let intent = guest.vcpu.announce(frame);
-    assert_eq!(words.verify(&intent, since).map(|fresh| fresh.range()), Err(Stale::Covered));
+    assert_eq!(intent.verify(since).map(|fresh| fresh.range()), Err(Stale::Covered));
     drop((intent, invalidation));
     let intent = guest.vcpu.announce(frame);
-    assert_eq!(words.verify(&intent, since).map(|fresh| fresh.range()), Err(Stale::SequenceMoved));
+    assert_eq!(intent.verify(since).map(|fresh| fresh.range()), Err(Stale::SequenceMoved));
     drop(intent);
 }
 
@@ -117,6 +117,6 @@ pub(crate) fn an_intent_of_other_frames_is_refused() {
     let words = machine.mmu.invalidations();
     let since = words.snapshot(Block::frame(Gfn::new(4)));
     let intent = guest.vcpu.announce(Block::frame(Gfn::new(3)));
-    let verdict = AssertUnwindSafe(|| drop(words.verify(&intent, since)));
+    let verdict = AssertUnwindSafe(|| drop(intent.verify(since)));
     assert!(catch_unwind(verdict).is_err(), "nobody would wait for it");
 }

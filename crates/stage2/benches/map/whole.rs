@@ -3,7 +3,7 @@
 use afterimage_mmu::{
     Access, Barrier, Block, FRAME_BYTES, Fault, FaultKind, Found, Gfn, GuestMmu, Hva, Mapped, Memslot,
     MmuLock, PageRef, PageSize, PageUse, Pfn, Policy, Privacy, SecondaryMmu, SlotId, SpaceId, Vcpu,
-    WitnessKind,
+    Witness as _, WitnessKind,
 };
 use afterimage_stage2::{Host, MapError, Npt4, Stage2, TableCache, Tables};
 use afterimage_uffd::Linux;
@@ -54,23 +54,23 @@ impl Whole {
 
     /// One vCPU's way to map.
     pub(crate) fn mapper(&self) -> impl Map {
-        Mapper { mmu: &self.mmu, slot: &self.slot, vcpu: self.mmu.vcpu(), cache: TableCache::default() }
+        Mapper { slot: &self.slot, vcpu: self.mmu.vcpu(), cache: TableCache::default() }
     }
 }
 
 type Machine = Stage2<Npt4, Bench>;
 
 struct Mapper<'w> {
-    mmu: &'w GuestMmu<Machine>,
     slot: &'w Memslot,
     vcpu: Vcpu<'w, Machine>,
     cache: TableCache<Pool>,
 }
 
 impl Install for Mapper<'_> {
-    #[inline(never)]
+    #[inline]
     fn install(&mut self, gfn: Gfn, pfn: Pfn) -> Result<Mapped, MapError> {
-        let Self { mmu, slot, vcpu, cache } = self;
+        let Self { slot, vcpu, cache } = self;
+        let mmu = vcpu.mmu();
         let fault = Fault {
             space: SpaceId(0),
             gfn,
@@ -83,9 +83,9 @@ impl Install for Mapper<'_> {
         assert!(tables.top_up(cache));
         let block = tables.block(slot, gfn);
         let since = mmu.invalidations().snapshot(block);
-        assert!(mmu.hint(since).is_none());
+        assert!(since.hint().is_none());
         let intent = vcpu.announce(block);
-        let fresh = mmu.invalidations().verify(&intent, since).expect("nobody invalidates");
+        let fresh = intent.verify(since).expect("nobody invalidates");
         tables.map(fresh, slot, &fault, &Number(pfn), cache)
     }
 }
@@ -112,16 +112,16 @@ struct LockedMapper<'l> {
 }
 
 impl Install for LockedMapper<'_> {
-    #[inline(never)]
+    #[inline]
     fn install(&mut self, gfn: Gfn, pfn: Pfn) -> Result<Mapped, MapError> {
         let Self { locked: Locked { lock, tables }, cache } = self;
         let words = lock.invalidations();
         assert!(tables.top_up(cache));
         let block = Block::frame(gfn);
         let since = words.snapshot(block);
-        assert!(words.hint(since).is_none());
+        assert!(since.hint().is_none());
         let witness = lock.read();
-        let fresh = words.verify(&witness, since).expect("nobody invalidates");
+        let fresh = witness.verify(since).expect("nobody invalidates");
         let mapped = tables.map(gfn, leaf(pfn), cache);
         drop(fresh);
         mapped
