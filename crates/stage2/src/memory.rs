@@ -64,7 +64,8 @@ pub unsafe trait TableMemory: Clone + PartialEq + fmt::Debug + Send + Sync + 'st
 /// Most tables that one install can link: one for each level below the highest root.
 const CACHED: usize = 4;
 
-/// Zeroed table pages that one vCPU keeps at hand, and where its last install went.
+/// Zeroed table pages that one vCPU keeps at hand, and where its last install went. For tables of one memory: that which it was
+/// filled from first.
 #[derive(Debug)]
 pub struct TableCache<M: TableMemory> {
     memory: Option<M>,
@@ -91,18 +92,17 @@ impl<M: TableMemory> Default for TableCache<M> {
 }
 
 impl<M: TableMemory> TableCache<M> {
-    /// Makes sure that `count` (at most 4) pages of `memory` are at hand; `false` if there are not so many.
+    /// Makes sure that `count` (at most 4) pages are at hand; `false` if there are not so many, and for another memory than before.
     #[inline]
     pub fn top_up(&mut self, memory: &M, count: usize) -> bool {
-        self.filled >= count.min(CACHED) && self.memory.as_ref() == Some(memory)
-            || self.fill(memory, count.min(CACHED))
+        // Whose they are is looked at by who fills it and by who takes one: both are rare.
+        self.filled >= count.min(CACHED) || self.fill(memory, count.min(CACHED))
     }
 
     #[cold]
     fn fill(&mut self, memory: &M, count: usize) -> bool {
-        if self.memory.as_ref() != Some(memory) {
-            self.clear();
-            self.memory = Some(memory.clone());
+        if self.memory.get_or_insert_with(|| memory.clone()) != memory {
+            return false;
         }
         while self.filled < count {
             let Some(page) = memory.allocate(1) else { return false };
@@ -113,6 +113,7 @@ impl<M: TableMemory> TableCache<M> {
     }
 
     /// Pages at hand.
+    #[inline]
     pub fn len(&self) -> usize {
         self.filled
     }
@@ -136,21 +137,16 @@ impl<M: TableMemory> TableCache<M> {
         self.pages[self.filled] = page;
         self.filled += 1;
     }
+}
 
-    fn clear(&mut self) {
+impl<M: TableMemory> Drop for TableCache<M> {
+    fn drop(&mut self) {
         if let Some(memory) = &self.memory {
             for page in &self.pages[..self.filled] {
                 // SAFETY: (1) `memory` gave the page, and only the cache has it; (2) it was never linked.
                 unsafe { memory.free(*page, 1) };
             }
         }
-        self.filled = 0;
-    }
-}
-
-impl<M: TableMemory> Drop for TableCache<M> {
-    fn drop(&mut self) {
-        self.clear();
     }
 }
 
@@ -181,7 +177,7 @@ mod tests {
         let mut cache = TableCache::default();
         assert!(cache.top_up(&one, 2));
         assert_eq!(cache.take(&two), None);
-        assert!(cache.top_up(&two, 1));
-        assert_eq!((one.pages(), two.pages(), cache.len()), (0, 1, 1));
+        assert!(!cache.top_up(&two, 3));
+        assert_eq!((one.pages(), two.pages(), cache.len()), (2, 0, 2));
     }
 }

@@ -253,7 +253,8 @@ impl<F: Format, H: Host> SecondaryMmu for Stage2<F, H> {
     #[inline]
     fn top_up(&self, cache: &mut Self::Cache) -> bool {
         // Memory and depth are the same for every space.
-        self.spaces.first().is_none_or(|tables| tables.top_up(cache))
+        cache.len() >= Tables::<F, H::Memory>::MOST_LINKED
+            || self.spaces.first().is_none_or(|tables| tables.top_up(cache))
     }
 
     #[inline]

@@ -128,10 +128,13 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
         GfnRange::new(Gfn::new(0), Gfn::new(1 << (F::GPA_BITS - 12)))
     }
 
+    /// Tables that one install links at most: one for each level below the root.
+    pub(crate) const MOST_LINKED: usize = F::ROOT_LEVEL.number() as usize - 1;
+
     /// Refills a cache for one install; `false` if there is no memory. Before the critical section.
     #[inline]
     pub fn top_up(&self, cache: &mut TableCache<M>) -> bool {
-        cache.top_up(&self.memory, usize::from(F::ROOT_LEVEL.number()) - 1)
+        cache.top_up(&self.memory, Self::MOST_LINKED)
     }
 
     /// Fills a cache, as far as there is memory; `false` if it is empty all the same.

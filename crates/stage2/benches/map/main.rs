@@ -93,7 +93,7 @@ impl<'t> Ours<'t> {
 }
 
 impl Install for Ours<'_> {
-    #[inline(never)]
+    #[inline]
     fn install(&mut self, gfn: Gfn, pfn: Pfn) -> Result<Mapped, MapError> {
         assert!(self.tables.top_up(&mut self.cache));
         self.tables.map(gfn, leaf(pfn), &mut self.cache)
@@ -106,15 +106,13 @@ trait Install {
 }
 
 impl<I: Install> Map for I {
-    #[inline]
+    #[inline(never)]
     fn map(&mut self, gfn: u64, pfn: u64) {
-        loop {
-            match self.install(Gfn::new(gfn), Pfn::new(pfn)) {
-                Ok(Mapped::Fixed) => return,
-                // Two threads that link the same table race for it, and the one that lost faults again.
-                Ok(Mapped::LostRace) => {}
-                other => panic!("each page is mapped once: {other:?}"),
-            }
+        match self.install(Gfn::new(gfn), Pfn::new(pfn)) {
+            Ok(Mapped::Fixed) => {}
+            // Two threads that link the same table race for it, and the one that lost faults again.
+            Ok(Mapped::LostRace) => self.map(gfn, pfn),
+            other => panic!("each page is mapped once: {other:?}"),
         }
     }
 }

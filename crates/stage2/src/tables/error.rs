@@ -19,8 +19,8 @@ pub enum MapError {
     /// The format cannot say it.
     #[error(transparent)]
     Refused(#[from] Refused),
-    /// The cache held no page for a table: it was not topped up.
-    #[error("the vCPU's cache holds no page for a table below level {}", .0.number())]
+    /// The cache held no page for a table: it was not topped up, or it was from another memory.
+    #[error("the vCPU's cache holds no page of these tables' memory for one below level {}", .0.number())]
     NoTable(Level),
     /// Another page, or another type of memory, is mapped there. The primary MMU let go of a page without an invalidation.
     #[error(
