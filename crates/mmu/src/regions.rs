@@ -14,9 +14,9 @@ pub(crate) const SMALL: u32 = 9;
 #[cfg(loom)]
 pub(crate) const SMALL: u32 = 1;
 
-/// Frames in a wide region, as a power of two: 1 GiB.
+/// Frames in a wide region, as a power of two: 64 MiB.
 #[cfg(not(loom))]
-pub(crate) const WIDE: u32 = 18;
+pub(crate) const WIDE: u32 = 14;
 /// Four frames under loom.
 #[cfg(loom)]
 pub(crate) const WIDE: u32 = 2;
@@ -108,7 +108,7 @@ mod tests {
             frames(512, 1024),
             frames(3 * 512, 9 * 512),
             frames(16 * 512 + 1, 16 * 512 + 2),
-            frames((5 << 18) - 1, (5 << 18) + 1),
+            frames((5 << WIDE) - 1, (5 << WIDE) + 1),
             frames(0, 1 << 40),
             frames(u64::MAX - 1, u64::MAX),
         ];
@@ -128,7 +128,7 @@ mod tests {
         assert_eq!(of(FEW, frames(600, 1025)), [1, 2]);
         assert_eq!(of(FEW, frames(15 * 512, 17 * 512)), [15, 0]);
         assert_eq!(of(BEHIND, frames(600, 1025)), [16]);
-        assert_eq!(of(BEHIND, frames((3 << 18) - 1, 5 << 18)), [18, 19, 16]);
+        assert_eq!(of(BEHIND, frames((3 << WIDE) - 1, 5 << WIDE)), [18, 19, 16]);
         assert_eq!(of(FEW, frames(5, 5)), []);
         let mut all = of(FEW, frames(7 * 512, 1 << 40));
         all.sort_unstable();

@@ -87,8 +87,8 @@ pub(crate) fn a_verdict_knows_range_and_sequence() {
 
 /// Frames in a region.
 const REGION: u64 = 512;
-/// Frames in 1 GiB.
-const GIB: u64 = 512 * REGION;
+/// Frames in a wide region.
+const WIDE: u64 = 32 * REGION;
 
 pub(crate) fn an_invalidation_counts_in_the_regions_it_touches() {
     let lock = MmuLock::<Threads>::with(SequenceScope::Region, Coverage::Hull);
@@ -103,12 +103,12 @@ pub(crate) fn an_invalidation_counts_in_the_regions_it_touches() {
         (gfns(0, 3 * REGION + 1), [true, true, true]),
         (gfns(4 * REGION, 5 * REGION), [false, false, true]),
         (gfns(100 * REGION, 101 * REGION), [false, false, true]),
-        // Wide ones count in regions of 1 GiB.
+        // Wide ones count in wide regions.
         (gfns(0, 64 * REGION), [true, true, true]),
         (gfns(REGION, 66 * REGION), [true, true, true]),
-        (gfns(GIB, 2 * GIB), [false, false, true]),
-        (gfns(2 * GIB - 1, 9 * GIB), [false, false, true]),
-        (gfns(GIB, 17 * GIB), [true, true, true]),
+        (gfns(WIDE, 4 * WIDE), [false, false, true]),
+        (gfns(2 * WIDE - 1, 64 * WIDE), [false, false, true]),
+        (gfns(WIDE, 64 * WIDE + 1), [true, true, true]),
         (gfns(0, 1 << 40), [true, true, true]),
     ] {
         let since = [here, whole, across].map(|frames| words.snapshot(Block::around(frames)));
