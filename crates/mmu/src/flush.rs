@@ -53,6 +53,17 @@ impl Flush {
         self.translations.is_empty() && self.tables.is_empty()
     }
 
+    /// Adds the translations of `gfns`: in a walk, most often of those behind the last.
+    #[inline]
+    pub(crate) fn add(&mut self, gfns: GfnRange) {
+        let before = &mut self.translations;
+        if before.end == gfns.start {
+            before.end = gfns.end;
+        } else {
+            *before = before.hull(gfns);
+        }
+    }
+
     /// What covers both.
     pub(crate) fn and(self, other: Self) -> Self {
         Self {

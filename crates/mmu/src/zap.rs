@@ -269,7 +269,7 @@ impl<S: SecondaryMmu> Steps<'_, '_, S> {
             Zapped::Nothing => {}
             Zapped::Unflushed(frames) => {
                 *self.uncounted += frames;
-                self.unflushed.translations = self.unflushed.translations.hull(done);
+                self.unflushed.add(done);
             }
             Zapped::Flushed(frames) => {
                 *self.uncounted += frames;
