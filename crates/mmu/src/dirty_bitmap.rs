@@ -12,12 +12,16 @@
 //! The other way round on either side a write is lost: a bit that is set first can be taken while the entry is still
 //! protected, and the exchange, which looks at the entry alone, makes it writable after that.
 //!
+//! A walk that takes written entries away, or their marks, sets the bits of frames in a row at once ([`SlotLog`]): a zap does
+//! before it gives up `mmu_lock`, which every collector takes first. So no round misses a frame whose entry is gone.
+//!
 //! Source: Linux `mark_page_dirty_in_slot`, `kvm_get_dirty_log_protect`.
 
 use alloc::boxed::Box;
 use core::fmt;
 
 use crate::addr::GfnRange;
+use crate::mutation::{self, Mutation};
 use crate::slots::Memslot;
 use crate::sync::{AtomicU64, Ordering};
 
@@ -64,11 +68,28 @@ impl DirtyBitmap {
     #[inline]
     pub(crate) fn set(&self, frame: u64) {
         debug_assert!(frame < self.frames);
-        let (word, bit) = (&self.words[(frame / WORD_FRAMES) as usize], 1 << (frame % WORD_FRAMES));
-        // An exchange, also where the bit is set: a look could see it as it was before a collector took it, and the
-        // collector its entry as it was before the exchange that made it writable. Release: a collector that takes the
+        self.set_in(frame / WORD_FRAMES, 1 << (frame % WORD_FRAMES));
+    }
+
+    /// Those of `written` that lie in `slot`, whose bitmap it is, were written through entries that are no more.
+    #[inline(never)]
+    fn set_run(&self, slot: GfnRange, written: GfnRange) {
+        let part = written.intersection(slot);
+        let (mut at, mut left) = (part.start - slot.start, part.len());
+        while left > 0 {
+            let bit = at % WORD_FRAMES;
+            let here = left.min(WORD_FRAMES - bit);
+            self.set_in(at / WORD_FRAMES, u64::MAX >> (WORD_FRAMES - here) << bit);
+            (at, left) = (at + here, left - here);
+        }
+    }
+
+    #[inline]
+    fn set_in(&self, index: u64, bits: u64) {
+        // An exchange, also where the bits are set: a look could see them as they were before a collector took them, and the
+        // collector an entry as it was before the exchange that made it writable. Release: a collector that takes a
         // bit sees that exchange.
-        word.fetch_or(bit, Ordering::Release);
+        self.words[index as usize].fetch_or(bits, Ordering::Release);
     }
 
     /// The word `index`, as it is.
@@ -82,6 +103,53 @@ impl DirtyBitmap {
             return 0;
         }
         self.words[index].fetch_and(!mask, Ordering::AcqRel) & mask
+    }
+}
+
+/// The dirty log of a slot, for a walk that comes by what the guest has written; nothing where writes are not logged.
+///
+/// Frames in a row are logged together: when the next is not behind them, and at the latest when this is dropped. What
+/// [`Steps::log`](crate::Steps::log) gives borrows the walk, so that is before the lock can be given up.
+#[derive(Debug)]
+pub struct SlotLog<'w> {
+    bitmap: Option<&'w DirtyBitmap>,
+    slot: GfnRange,
+    /// Written, and not logged yet.
+    run: GfnRange,
+}
+
+impl<'w> SlotLog<'w> {
+    /// `bitmap` is the slot's.
+    pub(crate) fn new(slot: &Memslot, bitmap: Option<&'w DirtyBitmap>) -> Self {
+        let slot = slot.gfns();
+        Self { bitmap, slot, run: GfnRange { start: slot.start, end: slot.start } }
+    }
+
+    /// The guest wrote to frames of `gfns` through a translation that went, or may be written no more. Those of other slots are
+    /// left out.
+    #[inline]
+    pub fn written(&mut self, gfns: GfnRange) {
+        if self.run.end != gfns.start {
+            self.set();
+            self.run.start = gfns.start;
+        }
+        self.run.end = gfns.end;
+    }
+
+    #[inline]
+    fn set(&self) {
+        if let Some(bitmap) = self.bitmap {
+            bitmap.set_run(self.slot, self.run);
+        }
+    }
+}
+
+impl Drop for SlotLog<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        if !mutation::active(Mutation::WrittenForgotten) {
+            self.set();
+        }
     }
 }
 
@@ -140,6 +208,31 @@ mod tests {
         assert_eq!(bitmap.take(0, 0xf0), 0xf0);
         assert_eq!(bitmap.take(0, 0xff), 0x0f);
         assert_eq!(bitmap.peek(0), !0xff);
+    }
+
+    #[test]
+    fn frames_in_a_row_are_logged_in_every_word_that_they_touch() {
+        let slot = Memslot::new(SlotId(0), Gfn::new(1000), 200, Hva::new(0));
+        let gfns = |start, end| GfnRange { start: Gfn::new(start), end: Gfn::new(end) };
+        let bitmap = DirtyBitmap::new(200, Initially::Clean);
+        let words = || [0, 1, 2, 3].map(|word| bitmap.take(word, u64::MAX));
+        let mut log = SlotLog::new(&slot, Some(&bitmap));
+        for gfn in [1000, 1001, 1063, 1064, 1065] {
+            log.written(GfnRange::frame(Gfn::new(gfn)));
+        }
+        assert_eq!(words(), [0b11, 0, 0, 0], "the second run may go on");
+        drop(log);
+        assert_eq!(words(), [1 << 63, 0b11, 0, 0]);
+        // What lies in other slots is theirs.
+        let mut log = SlotLog::new(&slot, Some(&bitmap));
+        log.written(gfns(512, 1002));
+        log.written(gfns(1024, 1536));
+        drop(log);
+        assert_eq!(words(), [u64::MAX << 24 | 0b11, u64::MAX, u64::MAX, 0xff]);
+        SlotLog::new(&slot, Some(&bitmap)).written(gfns(0, 512));
+        SlotLog::new(&slot, Some(&bitmap)).written(gfns(2000, 2001));
+        SlotLog::new(&slot, None).written(gfns(1000, 1200));
+        assert_eq!(words(), [0; 4]);
     }
 
     #[test]

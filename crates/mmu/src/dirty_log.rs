@@ -24,7 +24,7 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use crate::addr::GfnRange;
-use crate::dirty_bitmap::{DirtyBitmap, Initially, WORD_FRAMES, runs};
+use crate::dirty_bitmap::{DirtyBitmap, Initially, SlotLog, WORD_FRAMES, runs};
 use crate::guest_mmu::GuestMmu;
 use crate::host::{Blocking, SecondaryMmu, Zap};
 use crate::mutation::{self, Mutation};
@@ -169,8 +169,10 @@ impl<S: SecondaryMmu> GuestMmu<S> {
     /// Moves the marks of the entries into the bitmap, where writes are noticed by them.
     fn collect_marks(&self, slot: &Memslot, bitmap: &DirtyBitmap, gfns: GfnRange) {
         if slot.flags.contains(SlotFlags::LOG_BY_MARKS) {
+            // Where the lock is given up meanwhile, nobody collects: the lock of memslot updates is held.
+            let mut log = SlotLog::new(slot, Some(bitmap));
             self.protected(|secondary, walk| {
-                secondary.clean(slot, gfns, walk, &mut |written| set(bitmap, slot, written));
+                secondary.clean(slot, gfns, walk, &mut |written| log.written(written));
             });
         }
     }
@@ -180,13 +182,5 @@ impl<S: SecondaryMmu> GuestMmu<S> {
         let mut walk = ZapWalk::start(self, Blocking::Allowed);
         what(self.secondary(), &mut walk);
         walk.finish();
-    }
-}
-
-/// Sets the bits of those of `gfns` that lie in the slot.
-pub(crate) fn set(bitmap: &DirtyBitmap, slot: &Memslot, gfns: GfnRange) {
-    let part = gfns.intersection(slot.gfns());
-    if !part.is_empty() {
-        (part.start - slot.base..part.end - slot.base).for_each(|frame| bitmap.set(frame));
     }
 }

@@ -225,7 +225,7 @@ mod zap;
 
 pub use addr::{FRAME_BYTES, FRAME_SHIFT, Gfn, GfnRange, Gpa, Hva, HvaRange, Level, PageSize, Pfn, PfnRange};
 pub use block::Block;
-pub use dirty_bitmap::Initially;
+pub use dirty_bitmap::{Initially, SlotLog};
 pub use dirty_log::LogBy;
 pub use dirty_ring::{DirtyFrame, DirtyRing};
 pub use flush::Flush;

@@ -147,6 +147,8 @@ pub enum Mutation {
     MarkBeforeInstall,
     /// The fast path makes an entry writable and says nothing to the dirty log.
     FastFaultUnlogged,
+    /// A zap gives the lock up without logging the written frames that it has come by.
+    WrittenForgotten,
     /// The primary MMU discards pages without an invalidation.
     DiscardWithoutInvalidation,
     /// The primary MMU evicts pages without an invalidation.

@@ -17,7 +17,7 @@ use core::marker::PhantomData;
 use core::{fmt, mem};
 
 use crate::addr::{GfnRange, Pfn};
-use crate::dirty_log;
+use crate::dirty_bitmap::SlotLog;
 use crate::flush::Flush;
 use crate::guest_mmu::{GuestMmu, YieldPolicy};
 use crate::host::{Blocking, SecondaryMmu};
@@ -261,7 +261,7 @@ impl<S: SecondaryMmu> fmt::Debug for Steps<'_, '_, S> {
     }
 }
 
-impl<S: SecondaryMmu> Steps<'_, '_, S> {
+impl<'w, S: SecondaryMmu> Steps<'w, '_, S> {
     /// One entry is dealt with: the frames `done`.
     #[inline]
     pub fn step(&mut self, done: GfnRange, zapped: Zapped) -> Turn {
@@ -298,20 +298,11 @@ impl<S: SecondaryMmu> Steps<'_, '_, S> {
         is_wanted.then_some(Reason::Scheduler)
     }
 
-    /// The guest wrote to frames of `gfns` through a translation that goes, or may be written no more. Where writes to the
-    /// slot are logged, these are.
-    #[inline]
-    pub fn written(&self, slot: &Memslot, gfns: GfnRange) {
-        if slot.flags.contains(SlotFlags::LOG_DIRTY) {
-            self.log(slot, gfns);
-        }
-    }
-
-    fn log(&self, slot: &Memslot, gfns: GfnRange) {
+    /// Where this walk is to say what the guest has written of `slot`.
+    pub fn log(&self, slot: &Memslot) -> SlotLog<'w> {
+        let is_logged = slot.flags.contains(SlotFlags::LOG_DIRTY);
         // An active event, or the lock of memslot updates, keeps the set from going while a walk lasts.
-        if let Some(bitmap) = self.mmu.slot_set().log_of(slot) {
-            dirty_log::set(bitmap, slot, gfns);
-        }
+        SlotLog::new(slot, if is_logged { self.mmu.slot_set().log_of(slot) } else { None })
     }
 
     /// Whether an invalidation is active that covers a frame of `gfns`: then nothing may be mapped there that is not

@@ -21,7 +21,8 @@ macro_rules! every_format {
                 roots::nothing_is_left, roots::a_large_root_goes_in_steps, roots::who_is_in_the_guest_reloads_first,
                 roots::old_roots_outlive_walks, roots::marks_outlive_roots, roots::without_memory_roots_stay,
                 roots::replaced_under_fire,
-                dirty::rounds, dirty::rounds_flush, dirty::by_hand, dirty::all_set, dirty::rings, dirty::written_and_gone, dirty::by_marks,
+                dirty::rounds, dirty::rounds_flush, dirty::by_hand, dirty::all_set, dirty::rings, dirty::written_and_gone,
+                dirty::zaps_log_before_they_give_way, dirty::by_marks,
                 dirty::copies_by_protection, dirty::copies_by_marks, dirty::copies_by_ring);
         })*
     };

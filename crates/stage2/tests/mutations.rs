@@ -84,6 +84,7 @@ rules! {
     a_protection_is_flushed: ProtectWithoutFlush of tables is noticed by dirty::rounds_flush::<X86>;
     a_yield_flushes_first: YieldWithoutFlush of engine is noticed by yields::between_any_two_leaves::<X86>;
     a_zap_keeps_marks: ZapLosesDirty of tables is noticed by dirty::written_and_gone::<X86>;
+    a_yield_logs_first: WrittenForgotten of engine is noticed by dirty::zaps_log_before_they_give_way::<X86>;
     a_ring_is_reset_with_protection: RingResetUnprotected of engine is noticed by dirty::rings::<X86>;
     the_fast_path_is_logged: FastFaultUnlogged of engine is noticed by dirty::rounds::<X86>;
 }

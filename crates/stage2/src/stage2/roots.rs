@@ -58,8 +58,8 @@ impl<F: Format, H: Host> Stage2<F, H> {
         walk: &mut ZapWalk<'_, Self>,
     ) {
         for slot in slots.iter().filter(|slot| slot.space == space) {
-            self.each_leaf(&Of::Replaced(&old), slot.gfns(), walk, |entry, steps| {
-                let before = take_away(slot, entry, steps);
+            self.each_leaf(&Of::Replaced(&old), slot, slot.gfns(), walk, |entry, log| {
+                let before = take_away(entry, log);
                 if let Change::Did(leaf) = before
                     && leaf.accessed
                 {

@@ -13,8 +13,8 @@
 //! Source: Linux `tdp_mmu_zap_leafs`, `tdp_mmu_zap_root`, `wrprot_gfn_range`.
 
 use afterimage_mmu::{
-    Flush, GfnRange, Level, Memslot, Pfn, Retired, RetiredTable, SpaceId, Steps, Turn, Walking, Zap, ZapWalk,
-    Zapped,
+    Flush, GfnRange, Level, Memslot, Pfn, Retired, RetiredTable, SlotLog, SpaceId, Steps, Turn, Walking, Zap,
+    ZapWalk, Zapped,
 };
 
 use super::{Host, Stage2};
@@ -52,19 +52,19 @@ pub(super) enum Faults {
 
 impl<F: Format, H: Host> Stage2<F, H> {
     pub(super) fn zap_leaves(&self, slot: &Memslot, gfns: GfnRange, zap: Zap, walk: &mut ZapWalk<'_, Self>) {
+        let of = Of::Space(slot.space);
         match zap {
-            Zap::Unmap => self
-                .each_leaf(&Of::Space(slot.space), gfns, walk, |entry, steps| take_away(slot, entry, steps)),
-            Zap::WriteProtect => self.each_leaf(&Of::Space(slot.space), gfns, walk, |entry, steps| {
+            Zap::Unmap => self.each_leaf(&of, slot, gfns, walk, take_away),
+            Zap::WriteProtect => self.each_leaf(&of, slot, gfns, walk, |entry, log| {
                 if entry.gfns().len() > 1 {
-                    return take_away(slot, entry, steps);
+                    return take_away(entry, log);
                 }
                 let before = entry.write_protect(Writable::Never);
-                note_written(slot, entry, before, steps);
+                note_written(entry, before, log);
                 unless_unwritable(before)
             }),
             // What is protected for the log is in it already.
-            Zap::TrackDirty => self.each_leaf(&Of::Space(slot.space), gfns, walk, |entry, _| {
+            Zap::TrackDirty => self.each_leaf(&of, slot, gfns, walk, |entry, _| {
                 unless_unwritable(entry.write_protect(Writable::Protected))
             }),
         }
@@ -78,7 +78,7 @@ impl<F: Format, H: Host> Stage2<F, H> {
         walk: &mut ZapWalk<'_, Self>,
         written: &mut dyn FnMut(GfnRange),
     ) {
-        self.each_leaf(&Of::Space(slot.space), gfns, walk, |entry, _| match entry.clean() {
+        self.each_leaf(&Of::Space(slot.space), slot, gfns, walk, |entry, _| match entry.clean() {
             Change::Did(leaf) if leaf.writable == Writable::Dirty => {
                 written(entry.gfns());
                 Change::Did(leaf)
@@ -89,17 +89,18 @@ impl<F: Format, H: Host> Stage2<F, H> {
         });
     }
 
-    /// Changes leaf after leaf, and waits where one is frozen. What was done to CPUs' cached translations `change` says:
-    /// nothing, if the leaf is [`Change::Gone`].
+    /// Changes leaf after leaf of frames of `slot`, and waits where one is frozen. What was done to CPUs' cached translations
+    /// `change` says: nothing, if the leaf is [`Change::Gone`]; and to the slot's log, what the guest has written.
     pub(super) fn each_leaf(
         &self,
         of: &Of<'_, F, H::Memory>,
+        slot: &Memslot,
         gfns: GfnRange,
         walk: &mut ZapWalk<'_, Self>,
-        mut change: impl FnMut(&LeafEntry<'_, F>, &mut Steps<'_, '_, Self>) -> Change,
+        mut change: impl FnMut(&LeafEntry<'_, F>, &mut SlotLog<'_>) -> Change,
     ) {
         let mut left = gfns;
-        while self.some_leaves(of, &mut left, walk, &mut change) == Turn::GiveWay {
+        while self.some_leaves(of, slot, &mut left, walk, &mut change) == Turn::GiveWay {
             walk.give_way();
         }
     }
@@ -108,17 +109,19 @@ impl<F: Format, H: Host> Stage2<F, H> {
     fn some_leaves(
         &self,
         of: &Of<'_, F, H::Memory>,
+        slot: &Memslot,
         left: &mut GfnRange,
         walk: &mut ZapWalk<'_, Self>,
-        change: &mut impl FnMut(&LeafEntry<'_, F>, &mut Steps<'_, '_, Self>) -> Change,
+        change: &mut impl FnMut(&LeafEntry<'_, F>, &mut SlotLog<'_>) -> Change,
     ) -> Turn {
         let (walking, mut steps) = walk.parts();
         let Some(tables) = self.tables_of(of, walking) else { return Turn::GoOn };
+        let mut log = steps.log(slot);
         let mut leaves = tables.leaves(*left);
         while let Some(step) = leaves.next() {
             let (done, zapped) = match step {
                 Step::Gap(gap) => (gap, Zapped::Nothing),
-                Step::Leaf(entry) => match change(&entry, &mut steps) {
+                Step::Leaf(entry) => match change(&entry, &mut log) {
                     Change::Did(_) => (entry.gfns(), of.zapped(entry.gfns().len())),
                     Change::Gone => (entry.gfns(), Zapped::Nothing),
                     Change::LookAgain => {
@@ -209,28 +212,19 @@ impl<F: Format, H: Host> Stage2<F, H> {
 
 /// Takes one leaf away, and notes whether it was written.
 #[inline]
-pub(super) fn take_away<F: Format, H: Host>(
-    slot: &Memslot,
-    entry: &LeafEntry<'_, F>,
-    steps: &Steps<'_, '_, Stage2<F, H>>,
-) -> Change {
+pub(super) fn take_away<F: Format>(entry: &LeafEntry<'_, F>, log: &mut SlotLog<'_>) -> Change {
     let before = entry.take_away();
-    note_written(slot, entry, before, steps);
+    note_written(entry, before, log);
     before
 }
 
 #[inline]
-fn note_written<F: Format, H: Host>(
-    slot: &Memslot,
-    entry: &LeafEntry<'_, F>,
-    before: Change,
-    steps: &Steps<'_, '_, Stage2<F, H>>,
-) {
+fn note_written<F: Format>(entry: &LeafEntry<'_, F>, before: Change, log: &mut SlotLog<'_>) {
     if let Change::Did(leaf) = before
         && leaf.writable == Writable::Dirty
         && !mutation::active(Mutation::ZapLosesDirty)
     {
-        steps.written(slot, entry.gfns());
+        log.written(entry.gfns());
     }
 }
 

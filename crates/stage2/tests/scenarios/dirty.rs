@@ -1,5 +1,7 @@
 //! Dirty logs: what is written is in the round that it was written in, or in the next.
 
+use std::cell::RefCell;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -9,6 +11,7 @@ use afterimage_mmu::{
 };
 use afterimage_stage2::{Format, LargePages, Stage2, Translation, Writable};
 
+use crate::support::platform::rescheduled;
 use crate::support::*;
 
 const HOME: SpaceId = SpaceId(0);
@@ -194,6 +197,43 @@ pub(crate) fn written_and_gone<F: Format>() {
         write(&mut vcpu, &ram, 8);
         drop(mmu.invalidate(hvas(8, 9), Zap::WriteProtect, Blocking::Allowed));
         assert_eq!(take(&mmu), [8], "{by:?}");
+    }
+}
+
+/// Who takes the log while a zap has given the lock up finds what is gone by then. Bits are the zap's: what a vCPU logs goes to its
+/// ring.
+pub(crate) fn zaps_log_before_they_give_way<F: Format>() {
+    const WRITTEN: [u64; 4] = [3, 4, 63, 64];
+    for zap in [Zap::Unmap, Zap::WriteProtect] {
+        let mmu = Arc::new(machine::<F>(FRAMES, PageSize::Size4K).0);
+        let ram = Ram::new(FRAMES, 0);
+        let mut vcpu = mmu.vcpu();
+        let ring = vcpu.log_in_ring(16);
+        mmu.set_dirty_logging(HOME, SLOT, true).expect("the slot exists");
+        let mut write_all = || {
+            for frame in WRITTEN {
+                write(&mut vcpu, &ram, frame);
+            }
+            ring.collect(|_| ());
+            mmu.reset_dirty_rings();
+            for frame in WRITTEN {
+                write(&mut vcpu, &ram, frame);
+            }
+        };
+        write_all();
+        assert_eq!(take(&mmu), []);
+        let seen = Rc::new(RefCell::new(vec![]));
+        let (others, sees) = (Arc::clone(&mmu), Rc::clone(&seen));
+        let collect = move || sees.borrow_mut().push(take(&others));
+        drop(rescheduled(collect, || mmu.invalidate(hvas(0, FRAMES), zap, Blocking::Allowed)));
+        let seen: Vec<_> = seen.take().into_iter().filter(|taken| !taken.is_empty()).collect();
+        assert_eq!(seen, WRITTEN.map(|frame| [frame]), "{zap:?}");
+
+        // In one go.
+        write_all();
+        assert_eq!(take(&mmu), []);
+        drop(mmu.invalidate(hvas(0, FRAMES), zap, Blocking::Forbidden));
+        assert_eq!(take(&mmu), WRITTEN, "{zap:?}");
     }
 }
 
