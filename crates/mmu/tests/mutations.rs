@@ -4,7 +4,8 @@
 //! models: `EndCountFirst`, `ReaderWithoutFence`, `WaitWithoutMark`, `EnterWithoutFence`, `RequestWithoutFence`,
 //! `ReaderIgnoresWriter`, `WriterIgnoresReaders`, `AnnounceWithoutFence`, `ClearWithoutFence`, `DrainWithoutFence`,
 //! `FreeWithoutQuiescence`, `FlushWidenedLate`, `ReloadBeforeSwap`, and all of the `…WithoutWake` and `…Relaxed`. The
-//! `Discard…` and `Evict…` belong to the crate that owns the pages, `FlushKeepsTables` and `ReloadLeftOut` to the one that has tables.
+//! `Discard…` and `Evict…` belong to the crate that owns the pages, `FlushKeepsTables`, `ReloadLeftOut` and `WrittenForgotten` to the
+//! one that has tables.
 #![cfg(not(loom))]
 
 #[expect(dead_code, reason = "only some scenarios are about a rule that can be switched off")]
