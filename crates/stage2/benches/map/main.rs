@@ -152,9 +152,15 @@ fn all(title: &str, order: Order) {
     compare(&format!("{title}, one thread"), "an install", ROUNDS, one);
     let two = vec![
         measured("ours, intent, heavy barrier, one thread", || whole(Barrier::Heavy)),
+        measured("x86_64, one writer, one thread", || by_one(order, &mut X86::new())),
         measured("ours, intent, heavy barrier", || {
             let whole = Whole::new(Barrier::Heavy);
             by_two(order, || whole.mapper())
+        }),
+        // What two threads can do on this machine that have nothing in common.
+        measured("x86_64, tables of each thread's own", || {
+            let memory = Pool::new();
+            by_two(order, || X86::with(memory.clone()))
         }),
         measured("x86_64, mutex", || {
             let theirs = LockedX86::new();

@@ -49,7 +49,11 @@ pub(crate) struct X86 {
 
 impl X86 {
     pub(crate) fn new() -> Self {
-        let memory = Pool::new();
+        Self::with(Pool::new())
+    }
+
+    /// With tables from `memory`, which others may have tables in.
+    pub(crate) fn with(memory: Pool) -> Self {
         let mut frames = Frames(memory.clone());
         let root = frames.allocate_frame().expect("it was just made");
         let mapping = Identity(memory);
