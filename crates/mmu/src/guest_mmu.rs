@@ -317,12 +317,12 @@ impl<S: SecondaryMmu> GuestMmu<S> {
 #[expect(unsafe_code)]
 mod published {
     use super::{AtomicPtr, Box, GuestMmu, Mutation, Ordering, SecondaryMmu, SlotSet, mutation};
-    use crate::readers::ReaderWord;
+    use crate::intent::IntentWord;
     use core::marker::PhantomData;
 
     /// A read section: the slot set stays while it lasts.
     pub(crate) struct Section<'a, S: SecondaryMmu> {
-        word: &'a ReaderWord,
+        word: &'a IntentWord,
         set: &'a SlotSet,
         tables: PhantomData<fn() -> S>,
     }
@@ -337,15 +337,15 @@ mod published {
     impl<S: SecondaryMmu> Drop for Section<'_, S> {
         #[inline]
         fn drop(&mut self) {
-            self.word.leave::<S::Platform>();
+            self.word.clear::<S::Platform>();
         }
     }
 
     impl<S: SecondaryMmu> GuestMmu<S> {
         /// Enters a read section on `word`, which belongs to a vCPU of this virtual machine.
         #[inline]
-        pub(crate) fn enter<'a>(&'a self, word: &'a ReaderWord, number: u32) -> Section<'a, S> {
-            word.enter(number);
+        pub(crate) fn enter<'a>(&'a self, word: &'a IntentWord) -> Section<'a, S> {
+            word.enter();
             // SAFETY: (1) the pointer came from `Box::into_raw`; (2) it is freed only after `wait_for_readers`,
             // which waits for this section if it was entered before the pointer was swapped out.
             let set = unsafe { &*self.slots.load(Ordering::Acquire) };

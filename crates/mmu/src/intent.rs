@@ -161,8 +161,15 @@ impl IntentWord {
         }
     }
 
+    /// Announces that something is looked at which who takes it away waits for: no frame.
     #[inline]
-    fn clear<P: Platform>(&self) {
+    pub(crate) fn enter(&self) {
+        self.announce(NOTHING);
+    }
+
+    /// Says that what was announced is done.
+    #[inline]
+    pub(crate) fn clear<P: Platform>(&self) {
         let ordering = mutation::unless(Mutation::ClearRelaxed, Ordering::Release);
         self.word.store(self.generation.load(core::sync::atomic::Ordering::Relaxed), ordering);
         if P::PARKS {
@@ -367,7 +374,7 @@ impl<'v, P: Platform> Walker<'v, P> {
     /// Starts a walk: until the section is dropped no table is freed that could be reached in it.
     #[inline]
     pub fn walk(&mut self) -> WalkSection<'_, P> {
-        self.word.announce(NOTHING);
+        self.word.enter();
         WalkSection { walker: self }
     }
 }

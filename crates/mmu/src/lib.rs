@@ -211,7 +211,6 @@ mod notifier;
 mod outcome;
 mod platform;
 mod ranges;
-mod readers;
 mod regions;
 mod roots;
 mod slots;

@@ -45,8 +45,6 @@ pub enum Mutation {
     SlotsFreedUnderEvents,
     /// A memslot update does not wait for readers.
     SwapWithoutReaders,
-    /// A reader enters its section without the full fence.
-    ReaderWithoutFence,
     /// A waiter parks without marking the word.
     WaitWithoutMark,
     /// A vCPU enters the guest without the full fence.
@@ -77,18 +75,12 @@ pub enum Mutation {
     EndWithoutWake,
     /// A vCPU leaves the guest without waking who waits for that.
     LeaveWithoutWake,
-    /// A read section is left without waking the updater who waits for that.
-    SectionWithoutWake,
     /// An event ends without waking the updater who waits for that.
     EventWithoutWake,
     /// The sequence is bumped with a relaxed store.
     BumpRelaxed,
     /// The lock is given up with relaxed accesses.
     UnlockRelaxed,
-    /// A read section is entered with a relaxed store.
-    SectionEnterRelaxed,
-    /// A read section is left with a relaxed exchange.
-    SectionLeaveRelaxed,
     /// The guest is entered with a relaxed store.
     GuestEnterRelaxed,
     /// The guest is left with a relaxed exchange.

@@ -15,17 +15,16 @@
 //! | invalidations' words | drop and bump, under lock | Release | `snapshot`'s Acquire: who sees the new number sees the new pages |
 //! | `start`, `end` | under lock | Release | `verify`'s Acquire: who reads bounds that were changed by a later begin reads the sequence that the earlier end bumped |
 //! | exact ranges, `untracked` | under lock | Release | `verify`'s Acquire: as for the bounds; an end empties them behind the bump |
-//! | intent word | announce: store + light barrier | Release | begin's words + heavy barrier: the vCPU sees the range, or the invalidation sees the announcement. Release: as for the reader word |
+//! | intent word | announce: store + light barrier | Release | begin's words + heavy barrier: the vCPU sees the range, or the invalidation sees the announcement. Release: who waits for the announcement before this one may find this one instead |
 //! | intent word | clear: store | Release | the drain's Acquire: the zap finds what was installed |
 //! | intent `waiters` | mark + heavy barrier; clear + light barrier, look | Relaxed | each other: the waiter sees the word cleared, or the vCPU sees the mark and wakes |
 //! | claim `waiters` | mark + `fence(SeqCst)`; give back + `fence(SeqCst)`, look | Relaxed | each other: the invalidation sees the claim given back, or the vCPU sees the mark and wakes |
 //! | hint | all loads | Relaxed | nothing: a hint gives no right, only a reason to retry |
 //! | `ended` | waiter marks; `end` bumps | AcqRel | each other: one of the two sees the other (no lost wake-up) |
-//! | reader word | enter: store + light barrier | Release | the updater's pointer swap + heavy barrier: reader sees the new slots, or the updater sees the reader. Release: an updater that waits for the section before this one may find this one instead |
-//! | reader word | leave: swap | Release | the updater's Acquire: installs of that section happened before |
+//! | section's word | an intent word: announced, cleared | | the updater's pointer swap + heavy barrier: the fault sees the new slots, or the updater sees the section; installs of a section that is over happened before |
 //! | slots pointer | publish / read | Release / Acquire | contents of the slot set |
 //! | flush words | widen: compare-exchange | Release | the vCPU's Acquire when it takes them: what it walks after it has forgotten is as the zap left it |
-//! | vCPU `mode` | in guest: store + `fence(SeqCst)` | Release | requester's `requests` + `fence(SeqCst)`: the vCPU sees the request, or the requester sees it in the guest and kicks. Release: as for the reader word |
+//! | vCPU `mode` | in guest: store + `fence(SeqCst)` | Release | requester's `requests` + `fence(SeqCst)`: the vCPU sees the request, or the requester sees it in the guest and kicks. Release: as for the intent word |
 //! | vCPU `mode` | leave: swap | Release | the requester's Acquire: the vCPU's last guest access came before |
 //! | counters | all | Relaxed | nothing: they are statistics |
 

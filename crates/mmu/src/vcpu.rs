@@ -24,7 +24,6 @@ pub struct Vcpu<'m, S: SecondaryMmu> {
     mmu: &'m GuestMmu<S>,
     shared: Arc<VcpuShared>,
     cache: S::Cache,
-    section: u32,
     near: usize,
     ring: Option<Arc<DirtyRing>>,
     retries: Retries,
@@ -47,7 +46,6 @@ impl<S: SecondaryMmu> GuestMmu<S> {
             mmu: self,
             shared: self.vcpus.register(),
             cache: S::Cache::default(),
-            section: 0,
             near: 0,
             ring: None,
             retries: Retries::default(),
@@ -83,8 +81,7 @@ impl<'m, S: SecondaryMmu> Vcpu<'m, S> {
 
     /// The first guest frame, in any address space, that is backed at `hva`; `None` where no memslot is.
     pub fn gfn_at(&mut self, hva: Hva) -> Option<(SpaceId, Gfn)> {
-        self.section = self.section.wrapping_add(1);
-        let section = self.mmu.enter(&self.shared.reader, self.section);
+        let section = self.mmu.enter(&self.shared.section);
         let byte = HvaRange::from_len(hva, 1)?;
         section.slots().touching(byte).map(|(slot, gfns)| (slot.space, gfns.start)).min()
     }
@@ -156,8 +153,7 @@ impl<'m, S: SecondaryMmu> Vcpu<'m, S> {
     where
         M: PrimaryMmu<Page = S::Page>,
     {
-        self.section = self.section.wrapping_add(1);
-        let section = self.mmu.enter(&self.shared.reader, self.section);
+        let section = self.mmu.enter(&self.shared.section);
         let turns = self.mmu.policy.turns;
         if let Stage::Claimed(space, gfn) | Stage::Tried(space, gfn) = self.stage.get()
             && (space, gfn) != (fault.space, fault.gfn)

@@ -26,7 +26,6 @@ use crate::flush::{Flush, FlushWords};
 use crate::intent::{Barrier, Barriers, IntentWord, IntentWords, Waited};
 use crate::mutation::{self, Mutation};
 use crate::platform::Platform;
-use crate::readers::{ReaderWord, wait_for_readers};
 use crate::stats::FaultCounters;
 use crate::sync::{AtomicU32, CachePadded, Ordering, Shared, fence};
 use crate::turns::{Claim, Patience};
@@ -48,11 +47,12 @@ const OUTSIDE: u32 = 0;
 const IN_GUEST: u32 = 1;
 const EXITING: u32 = 2;
 
-/// The words of one vCPU. Only their owner writes `reader`, `intents` and `counters`; requesters write the handshake words.
+/// The words of one vCPU. Only their owner writes `section`, `intents` and `counters`; requesters write the handshake words.
 #[derive(Debug)]
 pub(crate) struct VcpuShared {
     pub(crate) id: usize,
-    pub(crate) reader: CachePadded<ReaderWord>,
+    /// Announced while a fault looks at the memslots.
+    pub(crate) section: CachePadded<IntentWord>,
     pub(crate) intents: IntentWords,
     /// The frames that it claims the next turn for.
     pub(crate) claim: CachePadded<Claim>,
@@ -71,7 +71,7 @@ impl VcpuShared {
     pub(crate) fn new(id: usize, barriers: Barriers) -> Self {
         Self {
             id,
-            reader: CachePadded(ReaderWord::new(barriers.announce)),
+            section: CachePadded(IntentWord::new(barriers)),
             intents: IntentWords::new(barriers),
             claim: CachePadded(Claim::new()),
             counters: CachePadded(FaultCounters::new()),
@@ -327,8 +327,14 @@ impl<P: Platform> VcpuWords<P> {
 
     /// Waits for every read section that may still use a slot set that is published no more.
     pub(crate) fn wait_for_readers(&self) {
-        let words: Vec<_> = self.words.read().clone();
-        wait_for_readers::<P>(words.iter().map(|vcpu| &vcpu.reader.0), self.barriers.announce);
+        self.barriers.announce.heavy::<P>();
+        if mutation::active(Mutation::SwapWithoutReaders) {
+            return;
+        }
+        self.for_each_announced(
+            |vcpu| vcpu.section.announced(),
+            |vcpu, seen| vcpu.section.wait_out::<P>(seen),
+        );
     }
 
     /// Has every vCPU forget what `flush` says, as [`request_and_wait`](Self::request_and_wait) does.

@@ -1,7 +1,7 @@
 //! Each rule of the protocol, switched off: a scenario that holds with it fails without it.
 //!
 //! What only a rare schedule shows (fences, orderings, wake-ups, the lock) is left to loom, which does the same to its
-//! models: `EndCountFirst`, `ReaderWithoutFence`, `WaitWithoutMark`, `EnterWithoutFence`, `RequestWithoutFence`,
+//! models: `EndCountFirst`, `WaitWithoutMark`, `EnterWithoutFence`, `RequestWithoutFence`,
 //! `ReaderIgnoresWriter`, `WriterIgnoresReaders`, `AnnounceWithoutFence`, `ClearWithoutFence`, `DrainWithoutFence`,
 //! `FreeWithoutQuiescence`, `FlushWidenedLate`, `ReloadBeforeSwap`, and all of the `…WithoutWake` and `…Relaxed`. The
 //! `Discard…` and `Evict…` belong to the crate that owns the pages, `FlushKeepsTables`, `ReloadLeftOut` and `WrittenForgotten` to the
