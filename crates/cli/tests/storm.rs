@@ -2,6 +2,8 @@
 
 mod command;
 
+use std::collections::BTreeSet;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use afterimage_testing::skip;
@@ -58,15 +60,22 @@ fn nobody_takes_what_bystanders_touch() {
     let _alone = alone();
     let options =
         ["--bystanders", "--duration", "20ms", "--memory", "4M", "--vcpus", "1", "--witness", "intent"];
-    let cells = storm(&options);
-    let beside: Vec<_> = cells.iter().filter(|cell| cell["load"] == "bystanders").collect();
-    assert_eq!((beside.len(), cells.len()), (6, 18), "each scenario, uncontended and quiet");
-    for cell in beside {
-        assert_eq!((&cell["wrong_pages"], &cell["witness"]), (&0.into(), &"intent".into()), "{cell}");
-        assert!(cell["latency_ns"]["inside"].is_null(), "{cell}");
-        assert!(cell["faults"].as_u64() > Some(0) && cell["invalidations"].as_u64() > Some(0), "{cell}");
-        assert!(!cell["latency_ns"]["outside"].is_null(), "{cell}");
+    for _ in 0..ATTEMPTS {
+        let cells = storm(&options);
+        let beside: Vec<_> = cells.iter().filter(|cell| cell["load"] == "bystanders").collect();
+        assert_eq!((beside.len(), cells.len()), (6, 18), "each scenario, uncontended and quiet");
+        for cell in &beside {
+            assert_eq!((&cell["wrong_pages"], &cell["witness"]), (&0.into(), &"intent".into()), "{cell}");
+            assert!(cell["latency_ns"]["inside"].is_null(), "{cell}");
+            assert!(cell["invalidations"].as_u64() > Some(0), "{cell}");
+        }
+        // In a few milliseconds of a busy machine a vCPU may not have had a turn.
+        if beside.iter().all(|cell| !cell["latency_ns"]["outside"].is_null()) {
+            assert!(beside.iter().all(|cell| cell["faults"].as_u64() > Some(0)), "{beside:#?}");
+            return;
+        }
     }
+    panic!("some bystander never had a turn");
 }
 
 #[test]
@@ -130,6 +139,31 @@ fn the_cells_have_the_promised_shape() {
         assert_eq!(number(cell, "/retries/before_fault_in") + number(cell, "/retries/after_fault_in"), 0.0);
         assert_eq!(number(cell, "/doomed_lock_acquisitions"), number(cell, "/retries/under_lock"));
         assert!(cell["latency_ns"].is_object());
+    }
+}
+
+/// Every field is told of where the document says what the fields are.
+#[test]
+fn each_field_is_explained() {
+    let _alone = alone();
+    let cells = storm(&["--scenario", "A,E-inside", "--duration", "50ms", "--memory", "8M"]);
+    let document = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/the-change.md");
+    let document = std::fs::read_to_string(document).expect("it is there");
+    let table = document.split_once("## The JSON").expect("there is such a part").1;
+    let table = table.split_once("\n## ").map_or(table, |(table, _)| table);
+    let mut fields = BTreeSet::new();
+    cells.iter().for_each(|cell| gather(cell, &mut fields));
+    assert!(fields.len() > 40, "{fields:?}");
+    for field in fields {
+        assert!(table.contains(&format!("`{field}`")), "{field} is not explained");
+    }
+}
+
+/// The names of all fields, those within others, too.
+fn gather(value: &Value, into: &mut BTreeSet<String>) {
+    for (name, value) in value.as_object().into_iter().flatten() {
+        into.insert(name.clone());
+        gather(value, into);
     }
 }
 
@@ -244,7 +278,7 @@ fn each_result_has_a_file_of_its_own() {
 fn a_result_that_cannot_be_kept_takes_no_other_with_it() {
     let _alone = alone();
     let test = "a_result_that_cannot_be_kept_takes_no_other_with_it";
-    if !std::path::Path::new("/dev/full").exists() {
+    if !Path::new("/dev/full").exists() {
         return skip(test, "there is no /dev/full");
     }
     let directory = tempfile::tempdir().expect("a directory");

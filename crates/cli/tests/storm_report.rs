@@ -2,6 +2,7 @@
 
 mod command;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -49,9 +50,14 @@ fn the_page_is_whole_and_needs_nothing_else() {
     let (page, trace) = blow(&directory);
     let page = std::fs::read_to_string(page).expect("it wrote the page");
     assert_balanced(&page);
-    for part in
-        ["prefers-color-scheme: dark", "@media print", "Fault latency", "Timeline", "Retries, by where"]
-    {
+    for part in [
+        "prefers-color-scheme: dark",
+        "@media print",
+        "Fault latency",
+        "Timeline",
+        "Retries, by where",
+        "before the change; ",
+    ] {
         assert!(page.contains(part), "{part}");
     }
     for scenario in ["A", "B", "C", "D", "E", "E-inside"] {
@@ -61,16 +67,44 @@ fn the_page_is_whole_and_needs_nothing_else() {
         assert!(!page.contains(outside), "{outside}");
     }
 
-    let trace: Value =
-        serde_json::from_slice(&std::fs::read(trace).expect("it wrote the trace")).expect("JSON");
+    let trace = std::fs::read(trace).expect("it wrote the trace");
+    assert_can_be_shown(&serde_json::from_slice(&trace).expect("JSON"));
+}
+
+/// Whether a viewer can draw the events: by the format, processes and threads have numbers and names, times are microseconds
+/// from 0 on, and what lasts lies beside or within what lasts on the same thread.
+fn assert_can_be_shown(trace: &Value) {
     let events = trace["traceEvents"].as_array().expect("a list of events");
     assert!(events.iter().any(|event| event["name"] == "invalidation"));
+    let mut named = BTreeSet::new();
+    let mut lasting: BTreeMap<_, Vec<(f64, f64)>> = BTreeMap::new();
     for event in events {
+        let (process, thread) = (event["pid"].as_u64().expect("a number"), event["tid"].as_u64());
         match event["ph"].as_str() {
-            Some("M") => assert!(event["args"]["name"].is_string()),
-            Some("X") => assert!(event["dur"].as_f64() >= Some(0.0) && event["ts"].is_number(), "{event}"),
-            Some("i") => assert!(event["ts"].is_number()),
+            Some("M") => {
+                assert!(event["args"]["name"].is_string());
+                named.insert((process, thread));
+                continue;
+            }
+            Some("X") => {
+                let (start, time) = (event["ts"].as_f64().expect("a time"), event["dur"].as_f64());
+                let time = time.filter(|time| *time >= 0.0).unwrap_or_else(|| panic!("no time: {event}"));
+                lasting.entry((process, thread)).or_default().push((start, start + time));
+            }
+            Some("i") => assert!(event["s"] == "t"),
             other => panic!("{other:?}: {event}"),
+        }
+        assert!(thread.is_some() && event["ts"].as_f64() >= Some(0.0), "{event}");
+    }
+    for (thread, mut times) in lasting {
+        assert!(named.contains(&thread) && named.contains(&(thread.0, None)), "{thread:?} has no name");
+        times.sort_by(|one, other| one.0.total_cmp(&other.0).then(other.1.total_cmp(&one.1)));
+        let mut open: Vec<f64> = Vec::new();
+        for (start, end) in times {
+            open.retain(|around| *around > start);
+            // A nanosecond for the sum of two numbers that are not binary.
+            assert!(open.iter().all(|around| end <= around + 1e-3), "{thread:?}: {start} to {end} crosses");
+            open.push(end);
         }
     }
 }

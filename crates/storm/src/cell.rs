@@ -271,6 +271,16 @@ measured! {
 }
 
 impl Latency {
+    /// `p99`, where samples are enough for one to lie beyond it.
+    pub fn p99(&self) -> Option<u64> {
+        (self.count >= 100).then_some(self.p99)
+    }
+
+    /// `p999`, where samples are enough for one to lie beyond it.
+    pub fn p999(&self) -> Option<u64> {
+        (self.count >= 1000).then_some(self.p999)
+    }
+
     /// What a histogram of nanoseconds comes to; `None` if it is empty.
     pub fn of(histogram: &Histogram<u64>) -> Option<Self> {
         (!histogram.is_empty()).then(|| Self {

@@ -318,14 +318,15 @@ impl<'m, 'r> Guest<'m, 'r> {
         let histogram = if inside { &mut seen.recording.inside } else { &mut seen.recording.outside };
         Recording::sample(histogram, now - started_ns);
         let from = self.shared.started_ns;
-        seen.recording.keep(|| Event {
+        let event = || Event {
             thread: self.number,
             what: What::Fault { retries, inside },
             gfn: gfn.as_u64(),
             frames: 1,
             start_ns: started_ns.saturating_sub(from),
             end_ns: now.saturating_sub(from),
-        });
+        };
+        if retries > 0 { seen.recording.keep_rare(event) } else { seen.recording.keep(event) }
     }
 }
 

@@ -25,6 +25,6 @@ pub use matrix::{Matrix, Outcome};
 pub use policy::{
     AfterRetry, Coverage, Policies, Precheck, Scenario, Sequence, Turns, UnknownChoice, Witness, Yielding,
 };
-pub use recording::{Event, Recording, What};
+pub use recording::{Event, KEPT, Recording, What};
 pub use sim::{Compared, Costs, Cut, Simulated, Simulation};
 pub use storm::{MAX_MEMORY, MAX_VCPUS, Run, Storm, StormError};

@@ -2,8 +2,8 @@
 
 use hdrhistogram::Histogram;
 
-/// Events that are kept of each thread at most.
-const KEPT: usize = 2000;
+/// Events that are kept of each thread at most: the first ones, and as many more of the faults that were retried.
+pub const KEPT: usize = 2000;
 
 /// An invalidation, or a fault with all its retries. Times are nanoseconds from the start of the run.
 #[derive(Clone, Debug)]
@@ -50,15 +50,23 @@ pub struct Recording {
     pub outside: Histogram<u64>,
     /// Invalidations from before their begin to after their end.
     pub invalidations: Histogram<u64>,
-    /// The first events of each thread.
+    /// The first events of each thread, in their order.
     pub events: Vec<Event>,
+    /// How many of them were kept since they are rare.
+    rare: usize,
 }
 
 impl Default for Recording {
     fn default() -> Self {
         // Three digits; grows as far as it has to.
         let histogram = || Histogram::new(3).expect("three digits are a precision that exists");
-        Self { inside: histogram(), outside: histogram(), invalidations: histogram(), events: Vec::new() }
+        Self {
+            inside: histogram(),
+            outside: histogram(),
+            invalidations: histogram(),
+            events: Vec::new(),
+            rare: 0,
+        }
     }
 }
 
@@ -70,7 +78,15 @@ impl Recording {
 
     /// Keeps an event, while there is room.
     pub(crate) fn keep(&mut self, event: impl FnOnce() -> Event) {
-        if self.events.len() < KEPT {
+        if self.events.len() - self.rare < KEPT {
+            self.events.push(event());
+        }
+    }
+
+    /// Keeps an event of which there are few, while there is room for those: the others do not take it.
+    pub(crate) fn keep_rare(&mut self, event: impl FnOnce() -> Event) {
+        if self.rare < KEPT {
+            self.rare += 1;
             self.events.push(event());
         }
     }

@@ -16,6 +16,7 @@ use anyhow::{Result, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 
 pub(crate) use self::options::StormArgs;
+use self::options::StormPlan;
 use self::table::Table;
 use crate::output::{Output, ended, say};
 use crate::signals::interrupted;
@@ -76,22 +77,27 @@ pub(crate) fn run(args: StormArgs) -> Result<ExitCode> {
     let kept = [
         json.map_or(Ok(()), |json| json.write_json(&cells)),
         trace.map_or(Ok(()), |trace| trace.write(&trace::trace(&outcomes).to_string())),
-        report.map_or(Ok(()), |report| report.write(&report::page(&outcomes, &machine()))),
+        report.map_or(Ok(()), |report| report.write(&report::page(&outcomes, &made(&plan)))),
         Output::show(&format!("{worth}{}", Table(&cells)), is_taken),
     ];
     Ok(ended(cells.iter().all(Cell::is_good), kept))
 }
 
-/// What was measured on, in a few words.
-fn machine() -> String {
+/// On what it was measured and how, in a few words.
+fn made(plan: &StormPlan) -> String {
     let system = rustix::system::uname();
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
     let load = load.split(' ').next().unwrap_or("?");
+    let time = if plan.simulates { "Simulated in virtual time, with costs measured by" } else { "By" };
     format!(
-        "afterimage {} on {cpus} CPUs, Linux {}, load average {load} at the end",
+        "{time} afterimage {}{} on {}, Linux {}, load average {load} at the end; {:?} a run, seed {}",
         env!("CARGO_PKG_VERSION"),
+        if cfg!(debug_assertions) { ", built without optimisation (slow)," } else { "" },
+        show_number(cpus as u64, "CPU"),
         system.release().to_string_lossy(),
+        plan.duration,
+        plan.matrix.seed,
     )
 }
 

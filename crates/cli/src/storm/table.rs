@@ -51,14 +51,14 @@ const ROWS: &[Row] = &[
     ("doomed CPU time", |m| m.doomed_cpu_ns.map(ns)),
     ("lock wait of faults", |m| m.lock_wait_ns.as_ref().map(|wait| ns(wait.faults))),
     ("  of invalidations", |m| m.lock_wait_ns.as_ref().map(|wait| ns(wait.invalidations))),
-    ("fault inside     p50", |m| inside(m, |latency| latency.p50)),
-    ("                 p99", |m| inside(m, |latency| latency.p99)),
-    ("               p99.9", |m| inside(m, |latency| latency.p999)),
-    ("                 max", |m| inside(m, |latency| latency.max)),
-    ("fault outside    p50", |m| outside(m, |latency| latency.p50)),
-    ("                 p99", |m| outside(m, |latency| latency.p99)),
-    ("               p99.9", |m| outside(m, |latency| latency.p999)),
-    ("                 max", |m| outside(m, |latency| latency.max)),
+    ("fault inside     p50", |m| inside(m, |latency| Some(latency.p50))),
+    ("                 p99", |m| inside(m, Latency::p99)),
+    ("               p99.9", |m| inside(m, Latency::p999)),
+    ("                 max", |m| inside(m, |latency| Some(latency.max))),
+    ("fault outside    p50", |m| outside(m, |latency| Some(latency.p50))),
+    ("                 p99", |m| outside(m, Latency::p99)),
+    ("               p99.9", |m| outside(m, Latency::p999)),
+    ("                 max", |m| outside(m, |latency| Some(latency.max))),
     ("accesses/s", |m| m.accesses.map(|count| show_count(per_second(count, m.elapsed_ns)))),
     ("WRONG PAGES", |m| Some(show_count(m.wrong_pages))),
 ];
@@ -84,12 +84,12 @@ fn ns(ns: u64) -> String {
     show_duration(Duration::from_nanos(ns))
 }
 
-fn inside(measured: &Measured, value: fn(&Latency) -> u64) -> Option<String> {
-    measured.latency_ns.inside.as_ref().map(|latency| ns(value(latency)))
+fn inside(measured: &Measured, value: fn(&Latency) -> Option<u64>) -> Option<String> {
+    measured.latency_ns.inside.as_ref().and_then(value).map(ns)
 }
 
-fn outside(measured: &Measured, value: fn(&Latency) -> u64) -> Option<String> {
-    measured.latency_ns.outside.as_ref().map(|latency| ns(value(latency)))
+fn outside(measured: &Measured, value: fn(&Latency) -> Option<u64>) -> Option<String> {
+    measured.latency_ns.outside.as_ref().and_then(value).map(ns)
 }
 
 fn per_second(count: u64, ns: u64) -> u64 {

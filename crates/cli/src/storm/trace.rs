@@ -1,7 +1,12 @@
 //! Events in the format that Chrome's and Perfetto's trace viewers read: one process for each cell, one line for each thread.
 
+use std::collections::BTreeMap;
+
 use afterimage_storm::{Event, Load, Outcome, What};
 use serde_json::{Value, json};
+
+/// The number of the first thread that invalidates; vCPUs have those below.
+const INVALIDATORS: usize = 10_000;
 
 /// The events of all outcomes.
 pub(crate) fn trace(outcomes: &[Outcome]) -> Value {
@@ -18,17 +23,32 @@ pub(crate) fn trace(outcomes: &[Outcome]) -> Value {
         };
         let name = format!("{} {load}", cell.scenario);
         events.push(json!({ "ph": "M", "name": "process_name", "pid": process, "args": { "name": name } }));
+        let mut threads = BTreeMap::new();
         for event in &outcome.recording.events {
-            add(&mut events, process, event);
+            let (thread, name) = thread(event);
+            threads.insert(thread, name);
+            add(&mut events, (process, thread), event);
         }
+        events.extend(threads.into_iter().map(|(thread, name)| {
+            json!({ "ph": "M", "name": "thread_name", "pid": process, "tid": thread, "args": { "name": name } })
+        }));
     }
     json!({ "traceEvents": events, "displayTimeUnit": "ns" })
 }
 
-fn add(events: &mut Vec<Value>, process: usize, event: &Event) {
+/// The number and the name of an event's thread.
+fn thread(event: &Event) -> (usize, String) {
+    let number = event.thread;
+    match event.what {
+        What::Invalidation { .. } => (INVALIDATORS + number, format!("invalidator {number}")),
+        What::Fault { .. } => (number, format!("vCPU {number}")),
+    }
+}
+
+fn add(events: &mut Vec<Value>, (process, thread): (usize, usize), event: &Event) {
     // Microseconds, by the format.
     let us = |ns: u64| ns as f64 / 1e3;
-    let slice = |name: &str, thread: &str, end_ns: u64, args: Value| {
+    let slice = |name: &str, end_ns: u64, args: Value| {
         json!({
             "ph": "X", "name": name, "pid": process, "tid": thread,
             "ts": us(event.start_ns), "dur": us(end_ns - event.start_ns), "args": args,
@@ -36,10 +56,9 @@ fn add(events: &mut Vec<Value>, process: usize, event: &Event) {
     };
     match &event.what {
         What::Invalidation { begun_ns, yields_ns } => {
-            let thread = format!("invalidator {}", event.thread);
             let args = json!({ "gfn": event.gfn, "frames": event.frames, "yields": yields_ns.len() });
-            events.push(slice("invalidation", &thread, event.end_ns, args));
-            events.push(slice("begin", &thread, *begun_ns, json!({})));
+            events.push(slice("invalidation", event.end_ns, args));
+            events.push(slice("begin", *begun_ns, json!({})));
             for at in yields_ns {
                 events.push(json!({
                     "ph": "i", "name": "flush and yield", "pid": process, "tid": thread, "ts": us(*at), "s": "t",
@@ -48,7 +67,7 @@ fn add(events: &mut Vec<Value>, process: usize, event: &Event) {
         }
         What::Fault { retries, inside } => {
             let args = json!({ "gfn": event.gfn, "retries": retries, "inside": inside });
-            events.push(slice("fault", &format!("vCPU {}", event.thread), event.end_ns, args));
+            events.push(slice("fault", event.end_ns, args));
         }
     }
 }

@@ -25,19 +25,38 @@ pub(crate) enum Anchor {
     End,
 }
 
-/// A drawing, `width` by `height`, that grows and shrinks with the page.
+/// How wide a drawing is that is stretched.
+pub(crate) const STRETCHED: f64 = 1000.0;
+
+/// How a drawing follows the width of the page.
+#[derive(Clone, Copy, Debug)]
+enum Fit {
+    /// As a whole, with what is written in it.
+    Scaled,
+    /// In its width alone, and nothing is written in it.
+    Stretched,
+}
+
+/// A drawing, `width` by `height`.
 #[derive(Debug)]
 pub(crate) struct Drawing {
     width: f64,
     height: f64,
+    fit: Fit,
     /// What it shows, for who cannot see it.
     label: String,
     body: String,
 }
 
 impl Drawing {
+    /// One that grows and shrinks with the page.
     pub(crate) fn new(width: f64, height: f64, label: impl Into<String>) -> Self {
-        Self { width, height, label: label.into(), body: String::new() }
+        Self { width, height, fit: Fit::Scaled, label: label.into(), body: String::new() }
+    }
+
+    /// One that is as wide as there is room, [`STRETCHED`] by its own measure, and always as high.
+    pub(crate) fn stretched(height: f64, label: impl Into<String>) -> Self {
+        Self { fit: Fit::Stretched, ..Self::new(STRETCHED, height, label) }
     }
 
     fn push(&mut self, element: fmt::Arguments<'_>) {
@@ -90,10 +109,16 @@ impl Drawing {
 
 impl Display for Drawing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { width, height, label, body } = self;
+        let Self { width, height, fit, label, body } = self;
+        let fit = match fit {
+            Fit::Scaled => String::new(),
+            Fit::Stretched => {
+                format!(" class=\"stretched\" preserveAspectRatio=\"none\" style=\"height: {height}px\"")
+            }
+        };
         write!(
             f,
-            "<svg viewBox=\"0 0 {width} {height}\" role=\"img\" aria-label=\"{}\">\n{body}</svg>\n",
+            "<svg viewBox=\"0 0 {width} {height}\"{fit} role=\"img\" aria-label=\"{}\">\n{body}</svg>\n",
             escape(label)
         )
     }

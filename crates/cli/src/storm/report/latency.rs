@@ -6,7 +6,7 @@ use std::time::Duration;
 use afterimage_storm::{Histogram, Outcome, Recording};
 
 use super::drawing::{Anchor, Drawing, LogScale};
-use super::{class, name};
+use super::{class, name, name_in_page};
 use crate::units::{show_count, show_duration};
 
 const WIDTH: f64 = 470.0;
@@ -27,10 +27,25 @@ const AT: [(f64, &str); 7] = [
 ];
 
 pub(super) fn write(page: &mut String, cells: &[&Outcome]) -> fmt::Result {
-    page.write_str("<h3>Fault latency</h3>\n<div class=\"pair\">\n")?;
+    page.write_str("<h3>Fault latency</h3>\n<p class=\"what\">")?;
+    for (index, outcome) in cells.iter().enumerate() {
+        let Recording { inside, outside, .. } = &outcome.recording;
+        if inside.len() + outside.len() > 0 {
+            legend(page, &class(cells, index), &name_in_page(&outcome.cell).0)?;
+        }
+    }
+    page.write_str("</p>\n<div class=\"pair\">\n")?;
     draw(page, cells, "page inside an invalidation", |recording| &recording.inside)?;
     draw(page, cells, "page outside", |recording| &recording.outside)?;
     page.write_str("</div>\n")
+}
+
+fn legend(page: &mut String, class: &str, words: &str) -> fmt::Result {
+    write!(
+        page,
+        "<span class=\"line\"><svg viewBox=\"0 0 40 10\" aria-hidden=\"true\"><polyline class=\"curve {class}\" \
+         points=\"0,5 40,5\"/></svg>{words}</span> "
+    )
 }
 
 fn draw(
@@ -61,17 +76,25 @@ fn draw(
     for (index, cell) in some {
         let histogram = of(&cell.recording);
         let class = class(cells, index);
-        let values = AT.map(|(quantile, _)| histogram.value_at_quantile(quantile));
-        let points: Vec<_> = values.iter().enumerate().map(|(at, value)| (x(at), scale.at(*value))).collect();
+        let known: Vec<_> = AT.iter().enumerate().filter(|(_, (at, _))| is_known(histogram, *at)).collect();
+        let values = known.iter().map(|(_, (quantile, _))| histogram.value_at_quantile(*quantile));
+        let values: Vec<_> = values.collect();
+        let points = known.iter().zip(&values).map(|((at, _), value)| (x(*at), scale.at(*value)));
+        let points: Vec<_> = points.collect();
         drawing.path(&format!("curve {class}"), &points);
-        for ((at, value), (_, percentile)) in points.iter().zip(values).zip(AT) {
+        for ((point, value), (_, (_, percentile))) in points.iter().zip(values).zip(known) {
             let value = show_duration(Duration::from_nanos(value));
             let samples = show_count(histogram.len());
             let title = format!("{}: {percentile} {value} ({samples} faults)", name(&cell.cell).0);
-            drawing.dot(&format!("point {class}"), *at, &title);
+            drawing.dot(&format!("point {class}"), *point, &title);
         }
     }
     writeln!(page, "<figure>{drawing}</figure>")
+}
+
+/// Whether there are samples enough for one to lie beyond `quantile`; the last of all is always known.
+fn is_known(histogram: &Histogram<u64>, quantile: f64) -> bool {
+    quantile == 1.0 || histogram.len() as f64 * (1.0 - quantile) >= 0.999
 }
 
 /// A power of ten of nanoseconds, short.

@@ -5,8 +5,7 @@ use std::time::Duration;
 
 use afterimage_storm::{Load, Measured, Outcome};
 
-use super::drawing::escape;
-use super::{class, name};
+use super::{class, name_in_page};
 use crate::units::{show_count, show_duration};
 
 /// A row: its name, its number, and how that is shown. Of all of them less is better.
@@ -17,6 +16,7 @@ const ROWS: &[Row] = &[
     ("… for who waits", |m| m.flushes_for_waiters_per_invalidation, ratio),
     ("… for the scheduler", |m| m.flushes_for_scheduler_per_invalidation, ratio),
     ("invalidation, median", |m| m.invalidation_ns.as_ref().map(|times| times.median as f64), ns),
+    ("invalidation, mean", |m| m.invalidation_ns.as_ref().map(|times| times.mean as f64), ns),
     ("invalidation, longest", |m| m.invalidation_ns.as_ref().map(|times| times.max as f64), ns),
     ("invalidation, CPU time", |m| m.invalidation_cpu_ns.map(|time| time as f64), ns),
     ("retries per fault", |m| m.retries_per_fault, ratio),
@@ -31,14 +31,15 @@ const ROWS: &[Row] = &[
     ("fault inside, median", |m| m.latency_ns.inside.as_ref().map(|latency| latency.p50 as f64), ns),
     ("fault inside, longest", |m| m.latency_ns.inside.as_ref().map(|latency| latency.max as f64), ns),
     ("fault outside, median", |m| m.latency_ns.outside.as_ref().map(|latency| latency.p50 as f64), ns),
-    ("fault outside, p99.9", |m| m.latency_ns.outside.as_ref().map(|latency| latency.p999 as f64), ns),
+    ("fault outside, p99.9", |m| m.latency_ns.outside.as_ref()?.p999().map(|time| time as f64), ns),
     ("wrong pages", |m| Some(m.wrong_pages as f64), count),
 ];
 
 fn ratio(value: f64) -> String {
     match value {
+        0.0 => "0".to_owned(),
         value if value >= 100.0 => count(value),
-        value if value >= 0.01 || value == 0.0 => format!("{value:.2}"),
+        value if value >= 0.01 => format!("{value:.2}"),
         value => format!("{value:.0e}"),
     }
 }
@@ -54,15 +55,9 @@ fn count(value: f64) -> String {
 pub(super) fn write(page: &mut String, cells: &[&Outcome]) -> fmt::Result {
     page.write_str("<div class=\"wide\"><table>\n<thead><tr><th></th>")?;
     for (index, outcome) in cells.iter().enumerate() {
-        let (words, made_of) = name(&outcome.cell);
-        write!(
-            page,
-            "<th><span class=\"key {}\"></span>{}<br><small>{}</small></th>",
-            class(cells, index),
-            escape(&words),
-            // Lines may break between the words.
-            escape(&made_of).replace('/', "/<wbr>")
-        )?;
+        let (words, made_of) = name_in_page(&outcome.cell);
+        let class = class(cells, index);
+        write!(page, "<th><span class=\"key {class}\"></span>{words}<br><small>{made_of}</small></th>")?;
     }
     page.write_str("</tr></thead>\n<tbody>\n")?;
     for (row, value, show) in ROWS {
@@ -92,7 +87,12 @@ pub(super) fn write(page: &mut String, cells: &[&Outcome]) -> fmt::Result {
         }
         page.write_str("</tr>\n")?;
     }
-    page.write_str("</tbody></table></div>\n")
+    page.write_str("</tbody></table></div>\n")?;
+    page.write_str(
+        "<p class=\"what\">Shades say how much worse a policy is than the best of its row: <span class=\"shade s1\">4 \
+         times</span> <span class=\"shade s2\">16</span> <span class=\"shade s3\">64</span> <span class=\"shade s4\">256 and \
+         more</span>. A percentile is shown where enough faults lie beyond it.</p>\n",
+    )
 }
 
 /// 0 for about the best, one more for each factor of 4, up to 4.

@@ -2,16 +2,13 @@
 
 use std::fmt::{self, Write as _};
 
-use afterimage_storm::Outcome;
+use afterimage_storm::{Outcome, Retries};
 
-use super::drawing::{Anchor, Drawing};
-use super::{name, storms};
+use super::drawing::{Drawing, STRETCHED};
+use super::{row, storms};
 use crate::units::show_count;
 
-const WIDTH: f64 = 960.0;
-const ROW: f64 = 26.0;
-const NAMES: f64 = 250.0;
-const VALUES: f64 = 200.0;
+const HEIGHT: f64 = 18.0;
 const POINTS: [(&str, &str); 4] = [
     ("before", "before fault-in"),
     ("after", "after fault-in"),
@@ -28,47 +25,50 @@ pub(super) fn write(page: &mut String, cells: &[&Outcome]) -> fmt::Result {
     if rows.is_empty() {
         return Ok(());
     }
-    let mut drawing =
-        Drawing::new(WIDTH, ROW * rows.len() as f64 + 4.0, "Share of retries by where they were found");
-    let room = WIDTH - NAMES - VALUES;
-    for (row, (outcome, retries)) in rows.iter().enumerate() {
-        let top = row as f64 * ROW;
-        let (words, _) = name(&outcome.cell);
-        drawing.text("name", (0.0, top + 17.0), Anchor::Start, &words);
-        let all = retries.all();
-        let counts = [
-            retries.before_fault_in,
-            retries.after_fault_in,
-            retries.under_lock,
-            retries.lost_race + retries.slot_changing,
-        ];
-        let mut x = NAMES;
-        for ((class, point), count) in POINTS.iter().zip(counts) {
-            let share = count as f64 / all as f64;
-            let title = format!("{words}: {point} {} ({:.2} %)", show_count(count), share * 100.0);
-            drawing.rect(&format!("part {class}"), (x, top + 4.0), (share * room, 18.0), &title);
-            if share > 0.12 {
-                let label = format!("{point} {:.1} %", share * 100.0);
-                drawing.text("inbar", (x + 6.0, top + 17.0), Anchor::Start, &label);
-            }
-            x += share * room;
-        }
-        let per_fault = outcome.cell.median.retries_per_fault.unwrap_or(0.0);
-        let per_fault = match per_fault {
-            many if many >= 10.0 => show_count(many.round() as u64),
-            few if few >= 0.01 => format!("{few:.2}"),
-            few => format!("{few:.0e}"),
-        };
-        drawing.text(
-            "value",
-            (NAMES + room + 8.0, top + 17.0),
-            Anchor::Start,
-            &format!("{per_fault} a fault"),
-        );
-    }
     page.write_str("<h3>Retries, by where the fault was found to be doomed</h3>\n<p class=\"what\">")?;
     for (class, point) in POINTS {
-        write!(page, "<span class=\"key part {class}\"></span>{point} &ensp; ")?;
+        write!(page, "<span class=\"line\"><span class=\"key part {class}\"></span>{point}</span> ")?;
     }
-    write!(page, "</p>\n{drawing}")
+    page.write_str("</p>\n<div class=\"rows short\">\n")?;
+    for (outcome, retries) in rows {
+        let told = told(outcome.cell.median.retries_per_fault.unwrap_or(0.0), retries);
+        row(page, &outcome.cell, &draw(retries), &told)?;
+    }
+    page.write_str("</div>\n")
+}
+
+/// Each point with its count; a change of the memslot is a lost race, too.
+fn counts(retries: &Retries) -> [u64; 4] {
+    [
+        retries.before_fault_in,
+        retries.after_fault_in,
+        retries.under_lock,
+        retries.lost_race + retries.slot_changing,
+    ]
+}
+
+fn draw(retries: &Retries) -> Drawing {
+    let mut drawing = Drawing::stretched(HEIGHT, "Share of retries by where they were found");
+    let mut x = 0.0;
+    for ((class, point), count) in POINTS.iter().zip(counts(retries)) {
+        let share = count as f64 / retries.all() as f64;
+        let title = format!("{point}: {} ({:.2} %)", show_count(count), share * 100.0);
+        drawing.rect(&format!("part {class}"), (x, 0.0), (share * STRETCHED, HEIGHT), &title);
+        x += share * STRETCHED;
+    }
+    drawing
+}
+
+/// How many there were, and where most of them were found.
+fn told(per_fault: f64, retries: &Retries) -> String {
+    let per_fault = match per_fault {
+        many if many >= 10.0 => show_count(many.round() as u64),
+        few if few >= 0.01 => format!("{few:.2}"),
+        few => format!("{few:.0e}"),
+    };
+    let most = POINTS.iter().zip(counts(retries)).max_by_key(|(_, count)| *count);
+    let most = most.map_or(String::new(), |((_, point), count)| {
+        format!("{:.1} % {point}", count as f64 / retries.all() as f64 * 100.0)
+    });
+    format!("{per_fault} a fault, {most}")
 }

@@ -3,16 +3,15 @@
 use std::fmt::{self, Write as _};
 use std::time::Duration;
 
-use afterimage_storm::{Event, Outcome, What};
+use afterimage_storm::{Event, KEPT, Outcome, What};
 
-use super::drawing::{Anchor, Drawing};
-use super::{name, storms};
+use super::drawing::{Drawing, STRETCHED};
+use super::{axis, row, storms};
 use crate::units::{show_count, show_duration};
 
-const WIDTH: f64 = 960.0;
-const HEIGHT: f64 = 120.0;
-const LEFT: f64 = 250.0;
-const TOP: f64 = 10.0;
+const HEIGHT: f64 = 110.0;
+/// Room above the highest frame and below the lowest.
+const MARGIN: f64 = 8.0;
 /// Events that are drawn of each kind, at most.
 const DRAWN: usize = 600;
 /// Marks of one invalidation, at most.
@@ -28,17 +27,56 @@ pub(super) fn write(page: &mut String, cells: &[&Outcome]) -> fmt::Result {
     let Some(length) = rows.iter().map(|(_, (start, end))| end - start).max() else { return Ok(()) };
     let length = length.max(SHORTEST_NS);
     let length = length + length / 10;
+    let seen: Vec<_> = rows
+        .into_iter()
+        .map(|(outcome, (start, _))| Seen {
+            outcome,
+            start,
+            events: outcome
+                .recording
+                .events
+                .iter()
+                .filter(|event| event.end_ns >= start && event.start_ns <= start + length)
+                .collect(),
+        })
+        .collect();
+    let all = || seen.iter().flat_map(|seen| &seen.events);
+    let lowest = all().map(|event| event.gfn).min().unwrap_or(0);
+    let highest = all().map(|event| event.gfn + event.frames).max().unwrap_or(1);
+    let scale = Scale { length, lowest, highest };
     writeln!(
         page,
-        "<h3>Timeline</h3>\n<p class=\"what\">{} of each run's start, time to the right, guest frames upward. \
-         <span class=\"key inval\"></span>invalidation, <span class=\"mark\">|</span> flush, \
-         <span class=\"key ok\"></span>fault served at once, <span class=\"key retried\"></span>fault that was retried.</p>",
+        "<h3>Timeline</h3>\n<p class=\"what\">{} of each first run, from an invalidation that met a fault on: time to the \
+         right, guest frames {lowest:#x} to {highest:#x} upward.<br>\
+         <span class=\"line\"><span class=\"key inval\"></span>invalidation</span> \
+         <span class=\"line\"><span class=\"mark\">|</span> flush</span> \
+         <span class=\"line\"><span class=\"key retried\"></span>fault that was retried (thick)</span> \
+         <span class=\"line\"><span class=\"key ok\"></span>served at once (thin; the first {KEPT} of each vCPU)</span></p>\n\
+         <div class=\"rows timeline\">",
         show_duration(Duration::from_nanos(length))
     )?;
-    for (outcome, (start, _)) in rows {
-        write!(page, "{}", draw(outcome, start, length))?;
+    for seen in &seen {
+        row(page, &seen.outcome.cell, &draw(seen, scale), "")?;
     }
-    Ok(())
+    axis(page, Duration::from_nanos(length))?;
+    page.write_str("</div>\n")
+}
+
+/// A stretch of a run.
+struct Seen<'o> {
+    outcome: &'o Outcome,
+    /// Where it begins, in nanoseconds of the run.
+    start: u64,
+    events: Vec<&'o Event>,
+}
+
+/// What all stretches of a scenario are drawn by.
+#[derive(Clone, Copy)]
+struct Scale {
+    /// In nanoseconds.
+    length: u64,
+    lowest: u64,
+    highest: u64,
 }
 
 /// The first invalidation that some fault met, or the first of all.
@@ -56,28 +94,16 @@ fn stretch(events: &[Event]) -> Option<(u64, u64)> {
     Some((first.start_ns.saturating_sub(before), first.end_ns))
 }
 
-fn draw(outcome: &Outcome, start: u64, length: u64) -> Drawing {
-    let (words, made_of) = name(&outcome.cell);
-    let mut drawing = Drawing::new(WIDTH, HEIGHT + 22.0, format!("Timeline of {words}"));
-    drawing.text("name", (0.0, TOP + 16.0), Anchor::Start, &words);
-    drawing.text("small", (0.0, TOP + 32.0), Anchor::Start, &made_of);
-    let seen: Vec<_> = outcome
-        .recording
-        .events
-        .iter()
-        .filter(|event| event.end_ns >= start && event.start_ns <= start + length)
-        .collect();
-    let lowest = seen.iter().map(|event| event.gfn).min().unwrap_or(0);
-    let highest = seen.iter().map(|event| event.gfn + event.frames).max().unwrap_or(1);
-    let room = WIDTH - LEFT;
-    let x = |ns: u64| LEFT + (ns.saturating_sub(start) as f64 / length as f64).min(1.0) * room;
+fn draw(seen: &Seen<'_>, scale: Scale) -> Drawing {
+    let mut drawing = Drawing::stretched(HEIGHT, "Invalidations and faults over time and guest frames");
+    let x = |ns: u64| (ns.saturating_sub(seen.start) as f64 / scale.length as f64).min(1.0) * STRETCHED;
     let y = |gfn: u64| {
-        let part = (gfn - lowest) as f64 / (highest - lowest).max(1) as f64;
-        TOP + HEIGHT - 6.0 - part * (HEIGHT - 12.0)
+        let part = (gfn - scale.lowest) as f64 / (scale.highest - scale.lowest).max(1) as f64;
+        HEIGHT - MARGIN - part * (HEIGHT - 2.0 * MARGIN)
     };
-    drawing.rect("plot", (LEFT, TOP), (room, HEIGHT), "");
+    drawing.rect("plot", (0.0, 0.0), (STRETCHED, HEIGHT), "");
     let (mut boxes, mut lines) = (0, 0);
-    for event in &seen {
+    for event in &seen.events {
         let (from, to) = (x(event.start_ns), x(event.end_ns));
         let time = show_duration(Duration::from_nanos(event.end_ns - event.start_ns));
         match &event.what {
@@ -87,7 +113,7 @@ fn draw(outcome: &Outcome, start: u64, length: u64) -> Drawing {
                 let flushes = yields_ns.len();
                 let title =
                     format!("invalidation of {} frames: {time}, {flushes} yields", show_count(event.frames));
-                let size = ((to - from).max(0.8), (bottom - top).max(3.0));
+                let size = ((to - from).max(1.2), (bottom - top).max(3.0));
                 drawing.rect("inval", (from, top - 1.0), size, &title);
                 for at in yields_ns.iter().step_by(flushes.div_ceil(MARKS).max(1)) {
                     drawing.line("flush", (x(*at), top - 4.0), (x(*at), top + 6.0));
@@ -97,20 +123,18 @@ fn draw(outcome: &Outcome, start: u64, length: u64) -> Drawing {
                 lines += 1;
                 // vCPUs that touch the same frame stay apart.
                 let at = y(event.gfn) - 3.0 * (event.thread % 8) as f64;
-                let class = if *retries > 0 { "retried" } else { "ok" };
+                let (class, thick) = if *retries > 0 { ("retried", 3.6) } else { ("ok", 1.4) };
                 let title = format!(
                     "vCPU {}, frame {:#x}: {time}, {} retries",
                     event.thread,
                     event.gfn,
                     show_count(*retries)
                 );
-                drawing.rect(class, (from, at - 1.0), ((to - from).max(1.2), 2.4), &title);
+                let size = ((to - from).max(1.8), thick);
+                drawing.rect(class, (from, at - thick / 2.0), size, &title);
             }
             What::Invalidation { .. } | What::Fault { .. } => {}
         }
     }
-    drawing.text("small", (LEFT, TOP + HEIGHT + 12.0), Anchor::Start, "0");
-    let end = show_duration(Duration::from_nanos(length));
-    drawing.text("small", (WIDTH, TOP + HEIGHT + 12.0), Anchor::End, &end);
     drawing
 }
