@@ -9,6 +9,8 @@ use command::{Run, afterimage, alone, run, to_end};
 const FORMATS: [&str; 7] = ["ept", "ept5", "npt", "npt5", "vmsa", "sv39x4", "sv48x4"];
 /// Memory so small that a second of a slow build is enough to go around it many times.
 const SMALL: [&str; 4] = ["--memory", "8m", "--resident", "1m"];
+/// Attempts at what a busy machine may not show at once.
+const ATTEMPTS: usize = 20;
 /// All that can be done to the memory.
 const ALL: &str = "evict,discard,protect,migrate,age,dirty";
 
@@ -105,8 +107,8 @@ fn what_was_fetched_from_is_recovered() {
         let options: Vec<_> = memory.into_iter().chain(chosen).chain(all).collect();
         good(&options, json!({ "format": format, "nx_ratio": 2 }));
         let options: Vec<_> = memory.into_iter().chain(chosen).chain(["--invalidate", "nx"]).collect();
-        let run = good(&options, json!({ "witness": witness }));
-        assert!(run.number("/nx_recovered_blocks") > 0, "{format}: {:#}", run.json);
+        let recovers = || good(&options, json!({ "witness": witness })).number("/nx_recovered_blocks") > 0;
+        assert!((0..ATTEMPTS).any(|_| recovers()), "{format} {witness}: no block was ever recovered");
     }
 }
 

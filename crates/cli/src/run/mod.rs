@@ -88,15 +88,17 @@ fn finish(
     Ok(ended(report.is_good(), kept))
 }
 
-/// Waits for the end of the time, for Ctrl-C, or for something to go wrong, which it returns.
+/// Waits for the end of the time, for Ctrl-C, or for something to go wrong, which it returns. On a machine so busy that the guest
+/// has made no access by then, it gets more time.
 fn watch(plan: &RunPlan, machine: &Machine, pressure: &Pressure, interrupted: &AtomicBool) -> Vec<String> {
     let started = Instant::now();
     let mut line = LiveLine::start(plan.duration, machine);
     let mut shown = started;
     let mut progress = (started, 0);
     let mut failures = Vec::new();
-    while started.elapsed() < plan.duration && !interrupted.load(Ordering::Relaxed) {
-        thread::sleep(LOOK_EVERY.min(plan.duration.saturating_sub(started.elapsed())));
+    while (started.elapsed() < plan.duration || progress.1 == 0) && !interrupted.load(Ordering::Relaxed) {
+        let left = plan.duration.saturating_sub(started.elapsed());
+        thread::sleep(if left.is_zero() { LOOK_EVERY } else { LOOK_EVERY.min(left) });
         let served = match &machine.host {
             Host::Served(served) => !served.has_failed(),
             Host::Soft(_) => true,
