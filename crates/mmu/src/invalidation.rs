@@ -8,10 +8,10 @@
 //! | the others | likewise, for each region of 2 MiB that the ranges touch, or of 64 MiB if those are many, with [`SequenceScope::Region`] | those of them that touched the region |
 //! | hull and entries (module `ranges`) | `begin` and `end` | which frames |
 //!
-//! `begin` writes the ranges and *then* raises the counts; `end` drops a count and bumps its sequence at once, and only then
-//! empties what was noted of the ranges. The hull stays behind: only the count gives it meaning.
-//! It never shrinks while any invalidation is active, so with overlapping invalidations a gfn between two ranges
-//! is refused until the last one ends: a false positive, accepted, unless [`Coverage::Exact`] is chosen.
+//! `begin` writes the ranges and *then* raises the counts; `end` drops a count and bumps its sequence at once, and only
+//! then empties what was noted of the ranges. The hull stays behind: only the count gives it meaning. It never shrinks
+//! while any invalidation is active, so with overlapping invalidations a gfn between two ranges is refused until the
+//! last one ends: a false positive, accepted, unless [`Coverage::Exact`] is chosen.
 //!
 //! # What a verdict is worth
 //!
@@ -22,26 +22,27 @@
 //! * [`Witness::verify`](crate::Witness::verify) gives [`Fresh`](crate::Fresh), the right to install, which cannot
 //!   outlive the witness. `mmu_lock` keeps the words still. An announced [`Intent`](crate::Intent) does not, and so:
 //!
-//! A verdict reads its two words once. If they say "none active" and "none has ended since", all in one comparison, it is fresh: an invalidation
-//! of these frames that raised one of them before would show in it, as active or as ended; one that raises it later looks at the announcements
-//! later still, and waits for this one. If they say "active", the ranges are read, and then the words again, each Acquire: ranges
-//! that were emptied or reused after an end lead to the sequence that this end bumped. Ranges
-//! that are half written belong to an invalidation that has not looked at the announcements yet.
+//! A verdict reads its two words once. If they say "none active" and "none has ended since", all in one comparison, it
+//! is fresh: an invalidation of these frames that raised one of them before would show in it, as active or as ended;
+//! one that raises it later looks at the announcements later still, and waits for this one. If they say "active", the
+//! ranges are read, and then the words again, each Acquire: ranges that were emptied or reused after an end lead to the
+//! sequence that this end bumped. Ranges that are half written belong to an invalidation that has not looked at the
+//! announcements yet.
 //!
-//! A fault that overlaps the invalidation is caught by count and ranges; one that sampled the sequence before the
-//! end and verifies after it is caught by the sequence. Hence the sequence moves at the end only.
+//! A fault that overlaps the invalidation is caught by count and ranges; one that sampled the sequence before the end
+//! and verifies after it is caught by the sequence. Hence the sequence moves at the end only.
 //!
 //! # Whose end matters
 //!
-//! KVM has one sequence and one count: an end anywhere fails every fault that is under way, unrelated invalidations can hold a
-//! fault back without bound, and each of them takes the line that all faults read. With [`SequenceScope::Region`] an invalidation
-//! changes, besides the word of all, the word of every region that its ranges touch, and a fault whose
-//! frames lie in one region looks at two words: that of the region, and that of the 64 MiB around it, each on a cache line of its own.
-//! Narrow invalidations change the former, wide ones (more than 64 regions) the latter, so that 1 GiB is begun and ended by 17 stores
-//! and its neighbours see nothing of it. A word grows with each change, so the sum of two is what it was only if both are, and is compared as if it were
-//! one word. The argument stays: an invalidation
-//! that covers the fault's frames touches their region, so it changes one of the words that the fault looks at. Frames that span regions
-//! are checked against the word of all, taken twice.
+//! KVM has one sequence and one count: an end anywhere fails every fault that is under way, unrelated invalidations can
+//! hold a fault back without bound, and each of them takes the line that all faults read. With
+//! [`SequenceScope::Region`] an invalidation changes, besides the word of all, the word of every region that its ranges
+//! touch, and a fault whose frames lie in one region looks at two words: that of the region, and that of the 64 MiB
+//! around it, each on a cache line of its own. Narrow invalidations change the former, wide ones (more than 64 regions)
+//! the latter, so that 1 GiB is begun and ended by 17 stores and its neighbours see nothing of it. A word grows with
+//! each change, so the sum of two is what it was only if both are, and is compared as if it were one word. The argument
+//! stays: an invalidation that covers the fault's frames touches their region, so it changes one of the words that the
+//! fault looks at. Frames that span regions are checked against the word of all, taken twice.
 //!
 //! Source: Linux `kvm_mmu_invalidate_begin`, `kvm_mmu_invalidate_range_add`, `kvm_mmu_invalidate_end`,
 //! `mmu_invalidate_retry_gfn` and `mmu_invalidate_retry_gfn_unsafe`.
