@@ -251,7 +251,16 @@ impl IntentWords {
     /// The word to announce `block` in.
     #[inline]
     pub(crate) fn of(&self, block: Block) -> &IntentWord {
-        &self.0[if block.order() >= regions::TOO_LARGE { SPANNING } else { REGIONS.word_of(block) }]
+        if block.order() >= regions::TOO_LARGE {
+            return self.of_spanning();
+        }
+        &self.0[REGIONS.word_of(block)]
+    }
+
+    /// Apart: blocks that no region holds are rare.
+    #[cold]
+    fn of_spanning(&self) -> &IntentWord {
+        &self.0[SPANNING]
     }
 
     /// The word to announce a walk in.
