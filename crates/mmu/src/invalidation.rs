@@ -47,6 +47,7 @@
 //! Source: Linux `kvm_mmu_invalidate_begin`, `kvm_mmu_invalidate_range_add`, `kvm_mmu_invalidate_end`,
 //! `mmu_invalidate_retry_gfn` and `mmu_invalidate_retry_gfn_unsafe`.
 
+use alloc::boxed::Box;
 use core::fmt;
 use core::num::NonZeroU64;
 
@@ -112,7 +113,8 @@ pub struct Invalidations {
     too_large: u32,
     /// On lines of their own: faults that find none active do not look at them.
     ranges: CachePadded<Ranges>,
-    words: [CachePadded<AtomicU64>; 1 + ALL],
+    /// By themselves, so that a machine is small enough for the stack of who makes it.
+    words: Box<[CachePadded<AtomicU64>; 1 + ALL]>,
 }
 
 impl fmt::Debug for Invalidations {
@@ -164,6 +166,12 @@ pub(crate) fn ended(said: u64) -> u64 {
     said >> COUNT_BITS
 }
 
+/// Of nothing that was ever active. Never on the stack.
+fn words() -> Box<[CachePadded<AtomicU64>; 1 + ALL]> {
+    let words: Box<[_]> = (0..=ALL).map(|_| CachePadded(AtomicU64::new(0))).collect();
+    words.try_into().unwrap_or_else(|_| unreachable!("it has as many"))
+}
+
 impl Invalidations {
     pub(crate) fn new(scope: SequenceScope, coverage: Coverage) -> Self {
         Self {
@@ -171,7 +179,7 @@ impl Invalidations {
             scope,
             too_large: if scope == SequenceScope::Region { regions::TOO_LARGE } else { 0 },
             ranges: CachePadded(Ranges::new(coverage)),
-            words: core::array::from_fn(|_| CachePadded(AtomicU64::new(0))),
+            words: words(),
         }
     }
 
