@@ -15,7 +15,7 @@
 //! | 11 | **hint**: doomed? No page, no lock | `Retry(BeforeFaultIn)` |
 //! | 12 | fault the page in, first without, then with waiting | errors, `Emulate` |
 //! | 13 | **hint** again; the page goes back unused | `Retry(AfterFaultIn)` |
-//! | 14 | witness: `mmu_lock` for read | |
+//! | 14 | witness: `mmu_lock` for read, or an announced intent | |
 //! | 15 | **verify**, root still valid, not released | `Retry(UnderLock)`, `Released` |
 //! | 16 | map; then the dirty log | `Fixed`, `Spurious`, `Retry(LostRace)` |
 //! | 16a | a larger page is in the way that must be broken first: page back, unlock, split it with the lock held for write | `Retry(LostRace)` |

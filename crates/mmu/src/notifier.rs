@@ -51,9 +51,14 @@ impl<S: SecondaryMmu> fmt::Debug for Invalidation<'_, S> {
 }
 
 impl<S: SecondaryMmu> GuestMmu<S> {
-    /// Starts an invalidation of `hvas` (widened to whole frames). See the module documentation.
+    /// Starts an invalidation of `hvas` (widened to whole frames). When it returns nothing maps them, every vCPU has left the
+    /// guest or flushed, and until the guard is dropped no fault installs them: the primary MMU changes its pages meanwhile.
     ///
-    /// Overlapping and nested invalidations are legal, from any threads.
+    /// Overlapping and nested invalidations are legal, from any threads. One of frames without a memslot takes no lock.
+    /// With [`Blocking::Allowed`] it may wait for faults that install these frames, for the turns of starved ones, and give
+    /// `mmu_lock` up between two entries.
+    ///
+    /// Source: Linux `kvm_mmu_notifier_invalidate_range_start`; the drop is `kvm_mmu_notifier_invalidate_range_end`.
     pub fn invalidate(&self, hvas: HvaRange, zap: Zap, blocking: Blocking) -> Invalidation<'_, S> {
         let started_ns = S::Platform::now_ns();
         self.counters.events.fetch_add(1, Ordering::Relaxed);

@@ -148,7 +148,10 @@ impl<'m, S: SecondaryMmu> Vcpu<'m, S> {
         self.shared.take_flush()
     }
 
-    /// Serves one fault, once. See the module documentation for what each outcome asks of the caller.
+    /// Serves one fault, once. [`FaultOutcome`] and [`FaultError`](crate::FaultError) say what each outcome asks of the caller;
+    /// whatever it is, nothing is held any more: no page, no lock.
+    ///
+    /// Source: Linux `kvm_tdp_page_fault`.
     pub fn handle_fault<M>(&mut self, primary: &M, fault: &Fault) -> FaultResult<S, M>
     where
         M: PrimaryMmu<Page = S::Page>,
