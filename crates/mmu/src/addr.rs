@@ -73,7 +73,8 @@ macro_rules! address {
 
         impl core::ops::Sub for $name {
             type Output = u64;
-            /// The distance between two addresses of one kind, in its units.
+            /// The distance between two addresses of one kind, in its units. A `base` above is a bug of the caller (panics in debug
+            /// builds).
             #[inline]
             fn sub(self, base: Self) -> u64 {
                 self.0 - base.0
@@ -112,7 +113,7 @@ impl Gpa {
 }
 
 impl Gfn {
-    /// The address of the frame's first byte.
+    /// The address of the frame's first byte. Of frames from `2^52` on, which no machine has, the highest bits are lost.
     #[inline]
     pub const fn gpa(self) -> Gpa {
         Gpa(self.0 << FRAME_SHIFT)
@@ -298,7 +299,7 @@ impl GfnRange {
     /// Every frame that there can be.
     pub const ALL: Self = Self { start: Gfn(0), end: Gfn(u64::MAX) };
 
-    /// The one frame `gfn`.
+    /// The one frame `gfn`, which is not the last number that there is.
     #[inline]
     pub const fn frame(gfn: Gfn) -> Self {
         Self { start: gfn, end: Gfn(gfn.0 + 1) }
@@ -306,7 +307,7 @@ impl GfnRange {
 }
 
 impl HvaRange {
-    /// The range widened to whole frames: start down, end up.
+    /// The range widened to whole frames of 4096 bytes: start down, end up. The last frame of the address space cannot be in it.
     #[inline]
     pub const fn to_frames(self) -> Self {
         let mask = FRAME_BYTES - 1;
@@ -352,6 +353,8 @@ mod tests {
     fn host_ranges_widen_to_frames() {
         let range = HvaRange::new(Hva::new(0x1001), Hva::new(0x2001));
         assert_eq!(range.to_frames(), HvaRange::new(Hva::new(0x1000), Hva::new(0x3000)));
+        let last = HvaRange::new(Hva::new(u64::MAX - 1), Hva::new(u64::MAX));
+        assert!(last.to_frames().is_empty(), "the last frame is in no range");
         assert_eq!(Gpa::new(0x5fff).gfn(), Gfn::new(5));
     }
 }

@@ -34,7 +34,7 @@ pub enum Initially {
     /// Nothing was written; everything is write-protected at once.
     #[default]
     Clean,
-    /// Everything was: nothing is protected before its bit is cleared for the first time.
+    /// Everything was: nothing is protected before its bit is cleared for the first time (KVM: `KVM_DIRTY_LOG_INITIALLY_SET`).
     AllSet,
 }
 

@@ -45,6 +45,9 @@ pub enum LogBy {
 impl<S: SecondaryMmu> GuestMmu<S> {
     /// Turns dirty logging of a slot on, by protection and with no bit set, or off. A slot is created read-only or not,
     /// for good.
+    ///
+    /// # Errors
+    /// The slot does not exist.
     pub fn set_dirty_logging(&self, space: SpaceId, id: SlotId, on: bool) -> Result<(), SlotError> {
         if on {
             return self.start_dirty_log(space, id, LogBy::Protection, Initially::Clean);
@@ -83,7 +86,7 @@ impl<S: SecondaryMmu> GuestMmu<S> {
     }
 
     /// Takes the whole log of a slot: bit `n % 64` of word `n / 64` says that its frame `n` was written since it was taken
-    /// last. What is written from now on is in the next one.
+    /// last. What is written from now on is in the next one. Read the memory after this (KVM: `KVM_GET_DIRTY_LOG`).
     ///
     /// # Errors
     /// The slot does not exist, or is not logged.
@@ -101,7 +104,8 @@ impl<S: SecondaryMmu> GuestMmu<S> {
         Ok(taken)
     }
 
-    /// The log of a slot as it is, with nothing cleared and nothing protected.
+    /// The log of a slot as it is, a bit a frame, with nothing cleared and nothing protected (KVM: `KVM_GET_DIRTY_LOG` with manual
+    /// protection).
     ///
     /// # Errors
     /// The slot does not exist, or is not logged.
@@ -113,7 +117,7 @@ impl<S: SecondaryMmu> GuestMmu<S> {
     }
 
     /// Clears the bits of `mask` in the log of a slot, from its frame `first` (a multiple of 64) on, and has writes to
-    /// those frames that were set noticed again. Their memory is to be read after this.
+    /// those frames that were set noticed again. Their memory is to be read after this (KVM: `KVM_CLEAR_DIRTY_LOG`).
     ///
     /// # Errors
     /// The slot does not exist, or is not logged; `first` is no multiple of 64, or the mask is longer than the log.

@@ -51,7 +51,9 @@ struct Entry {
     gfn: AtomicU64,
 }
 
-/// The ring of one vCPU. See the module documentation.
+/// The ring of one vCPU: the frames that it has written, in order. [`collect`](Self::collect) them while it runs, then
+/// [reset](GuestMmu::reset_dirty_rings), then read their memory. A frame that is written again in between is in it twice. A vCPU whose
+/// ring is full stops: [`FaultError::DirtyRingFull`](crate::FaultError::DirtyRingFull).
 pub struct DirtyRing {
     entries: Box<[Entry]>,
     /// Entries that were ever pushed, collected, reset.
@@ -74,7 +76,7 @@ impl fmt::Debug for DirtyRing {
 }
 
 impl DirtyRing {
-    /// A ring of `entries` entries, rounded up to a power of two of at least 2.
+    /// A ring of `entries` entries of 16 bytes, rounded up to a power of two of at least 2. One of them stays free.
     pub fn new(entries: usize) -> Self {
         let entry =
             |_| Entry { state: AtomicU32::new(EMPTY), place: AtomicU32::new(0), gfn: AtomicU64::new(0) };
@@ -180,7 +182,7 @@ impl<S: SecondaryMmu> GuestMmu<S> {
     }
 
     /// Empties the collected entries of every vCPU's ring, has the next write to each frame noticed, and flushes. How many
-    /// there were.
+    /// there were (KVM: `KVM_RESET_DIRTY_RINGS`).
     pub fn reset_dirty_rings(&self) -> u64 {
         let _update = self.updates.write();
         let set = self.slot_set();

@@ -161,9 +161,15 @@ pub trait PrimaryMmu {
     /// What can go wrong with a page.
     type Error: fmt::Debug + fmt::Display;
 
-    /// Makes the page behind `fault.gfn` of `slot` resident. May sleep within `patience`, may itself invalidate.
+    /// Makes the page behind `fault.gfn` of `slot` resident. May sleep within `patience`, may itself invalidate. Neither lock nor
+    /// intent is held.
     ///
     /// `since` was sampled before this call; it is asked for so that a page cannot be looked up too early.
+    ///
+    /// Source: Linux `kvm_mmu_faultin_pfn`.
+    ///
+    /// # Errors
+    /// Each of [`FaultInError`] says what the engine makes of it.
     fn fault_in(
         &self,
         slot: &Memslot,
@@ -275,13 +281,13 @@ pub trait SecondaryMmu: Sized + Send + Sync {
         Block::frame(gfn)
     }
 
-    /// Whether writes to `gfn` are tracked and so never mapped (shadowed tables).
+    /// Whether writes to `gfn` are tracked and so never mapped (shadowed tables; KVM: `kvm_gfn_is_write_tracked`).
     fn is_write_tracked(&self, _gfn: Gfn) -> bool {
         false
     }
 
     /// Upgrades the permissions of a present entry by one compare-exchange, if that is all that is needed. Who follows
-    /// links for that opens a section of `walker`.
+    /// links for that opens a section of `walker` (KVM: `fast_page_fault`).
     fn fast_fault(
         &self,
         _slot: &Memslot,
@@ -291,7 +297,8 @@ pub trait SecondaryMmu: Sized + Send + Sync {
         FastFault::NotApplicable
     }
 
-    /// Refills a vCPU's cache before the lock is taken; `false` if there is no memory.
+    /// Refills a vCPU's cache before the lock is taken (KVM: `mmu_topup_memory_caches`); `false` if there is no memory: the fault ends in
+    /// [`FaultError::NoMemory`](crate::FaultError::NoMemory).
     fn top_up(&self, _cache: &mut Self::Cache) -> bool {
         true
     }
@@ -301,7 +308,11 @@ pub trait SecondaryMmu: Sized + Send + Sync {
         false
     }
 
-    /// Installs the translation to `page` for `fault`: of frames in `fresh.range()` and in the slot, no others.
+    /// Installs the translation to `page` for `fault`: of frames in `fresh.range()` and in the slot, no others. Invalidations of
+    /// these frames wait for it (KVM: `kvm_tdp_mmu_map`).
+    ///
+    /// # Errors
+    /// It can never be installed: the fault ends in [`FaultError::CannotMap`](crate::FaultError::CannotMap).
     fn map(
         &self,
         fresh: Fresh<'_>,
@@ -312,9 +323,14 @@ pub trait SecondaryMmu: Sized + Send + Sync {
     ) -> Result<Mapped, Self::Error>;
 
     /// Installs poison for the page around `gfn`, likewise: the next access ends in a memory error.
+    ///
+    /// # Errors
+    /// As for [`map`](Self::map).
     fn poison(&self, fresh: Fresh<'_>, slot: &Memslot, gfn: Gfn) -> Result<Mapped, Self::Error>;
 
-    /// Removes (or write-protects) every translation of `gfns` of `slot`, entry by entry, reporting to `walk`.
+    /// Removes (or write-protects) every translation of `gfns` of `slot`, entry by entry, reporting to `walk` (KVM:
+    /// `kvm_unmap_gfn_range`). What entries with marks of writes say was written goes to the slot's log
+    /// ([`Steps::log`](crate::Steps::log)).
     fn zap(&self, slot: &Memslot, gfns: GfnRange, zap: Zap, walk: &mut ZapWalk<'_, Self>);
 
     /// Removes every translation of `slot`, which goes or moves: tables that were there for it alone may go, too.
@@ -347,6 +363,9 @@ pub trait SecondaryMmu: Sized + Send + Sync {
 
     /// Maps `gfn` of `slot` singly if a larger page maps it, without anyone noticing and with nothing but `cache`: for a fault that
     /// [`map`](Self::map) answered with [`Mapped::LargerLeaf`].
+    ///
+    /// # Errors
+    /// It cannot be split: the fault ends in [`FaultError::CannotMap`](crate::FaultError::CannotMap).
     fn split_around(
         &self,
         _slot: &Memslot,
@@ -380,10 +399,12 @@ pub trait SecondaryMmu: Sized + Send + Sync {
         vcpus.flush_and_wait(flush, |vcpu| self.kick(vcpu));
     }
 
-    /// Makes vCPU number `vcpu`, seen in guest mode, leave the guest.
+    /// Makes vCPU number `vcpu`, seen in guest mode, leave the guest, and does not wait for it: `mmu_lock` is held for write. Without it a vCPU
+    /// is waited for until it leaves by itself (KVM: `kvm_vcpu_kick`).
     fn kick(&self, _vcpu: usize) {}
 
-    /// Marks of past accesses. Advisory: a wrong answer costs speed only.
+    /// Whether a page of `gfns` was used, by the marks of past accesses, which `Age::Clear` takes away. No flush. Advisory: a wrong
+    /// answer costs speed only (KVM: `kvm_age_gfn`, `kvm_test_age_gfn`).
     fn age(&self, _slot: &Memslot, _gfns: GfnRange, _age: Age, _walking: Walking<'_>) -> Young {
         Young::Unknown
     }

@@ -36,7 +36,8 @@ const PARKED: u32 = 4;
 const ONE: u32 = 8;
 const COUNT: u32 = !(ONE - 1);
 
-/// The lock without data, as a [`lock_api::RawRwLock`]; see the module documentation.
+/// The lock without data, as a [`lock_api::RawRwLock`]: fair from phase to phase, so that a reader waits for one writer at most, and
+/// a writer for those that came before it. Who unlocks holds the lock.
 pub struct RawMmuLock<P> {
     rin: AtomicU32,
     rout: AtomicU32,

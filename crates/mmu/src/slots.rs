@@ -44,9 +44,10 @@ bitflags::bitflags! {
     /// What can be said of a slot as a whole.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub struct SlotFlags: u32 {
-        /// Guest writes are emulated (ROM, flash).
+        /// Guest writes are emulated (ROM, flash; KVM: `KVM_MEM_READONLY`).
         const READ_ONLY = 1;
-        /// Writes are recorded; frames are mapped singly.
+        /// Writes are recorded; frames are mapped singly (KVM: `KVM_MEM_LOG_DIRTY_PAGES`). Set by
+        /// [`start_dirty_log`](crate::GuestMmu::start_dirty_log).
         const LOG_DIRTY = 2;
         /// With `LOG_DIRTY`: from the second round on by the marks that hardware sets, so that what is read is mapped
         /// writable.

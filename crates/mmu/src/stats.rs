@@ -164,7 +164,7 @@ macro_rules! invalidation_counters {
         /// Invalidations of a virtual machine.
         #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
         pub struct InvalidationStats {
-            /// The longest time from begin to the end of an end.
+            /// The longest time from begin to the end of an end, in nanoseconds.
             pub longest_ns: u64,
             $($(#[$meta])* pub $name: u64,)+
         }

@@ -29,7 +29,7 @@ use crate::slots::{Memslot, SlotFlags};
 use crate::sync::Ordering;
 use crate::vcpu_words::Requests;
 
-/// What one step of a zap did.
+/// What one step of a zap did, in frames of 4 KiB.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Zapped {
     /// Nothing was there.
@@ -153,7 +153,8 @@ impl<'m, S: SecondaryMmu> ZapWalk<'m, S> {
         (guard.walking(), steps)
     }
 
-    /// One entry, or one batch that the host handles as one, is dealt with: the frames `done`.
+    /// One entry, or one batch that the host handles as one, is dealt with: the frames `done`. May flush, and give the lock up for a
+    /// while: then it says so.
     pub fn step(&mut self, done: GfnRange, zapped: Zapped) -> Walk {
         match self.parts().1.step(done, zapped) {
             Turn::GoOn => Walk::GoOn,
@@ -192,7 +193,10 @@ impl<'m, S: SecondaryMmu> ZapWalk<'m, S> {
     }
 
     /// Runs `replace`, which puts new roots in the place of the old, and returns when no vCPU uses those, nor anything that it
-    /// has cached: each has been asked to reload before it enters the guest again.
+    /// has cached: each has been asked to reload before it enters the guest again. What is zapped below the old ones needs no flush
+    /// ([`Zapped::Unused`]).
+    ///
+    /// Source: Linux `kvm_mmu_zap_all_fast`.
     pub fn replace_roots(&mut self, replace: impl FnOnce()) {
         let early = mutation::active(Mutation::ReloadBeforeSwap);
         if early {
@@ -339,8 +343,8 @@ impl<'w, S: SecondaryMmu> Steps<'w, '_, S> {
         *self.unflushed = self.unflushed.and(flush);
     }
 
-    /// Makes every CPU forget what `flush` says now: where an entry must be broken before it is made, there is no putting it
-    /// off.
+    /// Makes every CPU forget what `flush` says now, and waits for those in the guest: where an entry must be broken before it is made,
+    /// there is no putting it off. The lock is held all the while.
     pub fn flush_now(&mut self, flush: Flush) {
         self.owe(flush);
         self.flush();

@@ -153,20 +153,20 @@ pub struct Leaf {
     pub accessed: bool,
 }
 
-/// What an entry says. See the module documentation.
+/// What an entry says: to hardware all but a table and a leaf are not present, and `Mmio` faults in a way that can be told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Entry {
-    /// Nothing.
+    /// Nothing: all zero.
     Absent,
-    /// Owned by a thread in mid-change.
+    /// Owned by a thread in mid-change: others neither follow it nor overwrite it.
     Frozen,
-    /// No memory, under this generation of the memslots.
+    /// No memory, under this generation of the memslots (x86).
     Mmio(u64),
     /// A table of the next level, at this frame.
     Table(Pfn),
     /// A page.
     Leaf(Leaf),
-    /// Not ours.
+    /// A word that this crate does not write: never followed, never changed.
     Foreign,
 }
 
@@ -212,7 +212,7 @@ pub trait Format: sealed::Sealed + Copy + core::fmt::Debug + Default + Send + Sy
     const ROOT_LEVEL: Level;
     /// Address bits that index the root; 9, or more where the root is wider or made of several tables in a row.
     const ROOT_INDEX_BITS: u32;
-    /// The largest leaf.
+    /// The largest leaf that there is.
     const LARGEST_LEAF: PageSize;
     /// Bits of a frame number.
     const PFN_BITS: u32;
@@ -234,9 +234,16 @@ pub trait Format: sealed::Sealed + Copy + core::fmt::Debug + Default + Send + Sy
     const ROOT_PAGES: usize = 1 << (Self::ROOT_INDEX_BITS - 9);
 
     /// The word that links the table at frame `child`.
+    ///
+    /// # Errors
+    /// The frame number has more than [`PFN_BITS`](Self::PFN_BITS) bits.
     fn encode_table(child: Pfn) -> Result<u64, Refused>;
 
     /// The word of a leaf.
+    ///
+    /// # Errors
+    /// The frame is no multiple of the page's size, or out of reach; or the format has no leaf of that size, or cannot tell who may
+    /// fetch.
     fn encode_leaf(leaf: Leaf) -> Result<u64, Refused>;
 
     /// The word that says: no memory, under this `generation`. `None` where the format, or the generation, forbids it.

@@ -46,20 +46,26 @@ impl<F: Format, M: TableMemory> fmt::Debug for Leaves<'_, F, M> {
 }
 
 impl<F: Format, M: TableMemory> Tables<F, M> {
-    /// Walks over the leaves of `gfns`, those that overlap its ends too.
+    /// Walks over the leaves of `gfns`, those that overlap its ends too; what the tables do not reach is left out.
     pub fn leaves(&self, gfns: GfnRange) -> Leaves<'_, F, M> {
         let part = gfns.intersection(self.reach());
         Leaves { tables: self, range: part, at: part.start, table: self.root_table(), left: [].iter() }
     }
 
-    /// Takes every leaf of `gfns` away; how many frames they mapped. The caller flushes.
+    /// Takes every leaf of `gfns` away, large ones as a whole; how many frames of 4 KiB they mapped. The caller flushes. Waits
+    /// where an entry is frozen.
+    ///
+    /// Source: Linux `tdp_mmu_zap_leafs`.
     pub fn zap(&self, gfns: GfnRange) -> u64 {
         let mut zapped = 0;
         self.change_each(gfns, |entry| entry.take_away(), |leaf| zapped += leaf.size.frames());
         zapped
     }
 
-    /// Leaves no leaf of `gfns` writable: each becomes `left` at most. How many frames were writable. The caller flushes.
+    /// Leaves no leaf of `gfns` writable: each becomes `left` at most, which allows no writing. How many frames of 4 KiB were
+    /// writable. The caller flushes. Waits where an entry is frozen.
+    ///
+    /// Source: Linux `wrprot_gfn_range`.
     pub fn write_protect(&self, gfns: GfnRange, left: Writable) -> u64 {
         let mut protected = 0;
         self.change_each(
@@ -93,7 +99,9 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
 
     /// Whether any leaf of `gfns` was used since its mark was taken away; `Age::Clear` takes the marks away.
     ///
-    /// Needs no lock and no flush: an access through a stale TLB entry is missed, and only that.
+    /// Needs no lock and no flush: an access through a stale TLB entry is missed, and only that. `Age::Test` stops at the first.
+    ///
+    /// Source: Linux `kvm_tdp_mmu_age_gfn_range`, `kvm_tdp_mmu_test_age_gfn`.
     pub fn age(&self, gfns: GfnRange, age: Age) -> bool {
         let mut young = false;
         for step in self.leaves(gfns) {
@@ -109,7 +117,7 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
 }
 
 impl<'t, F: Format, M: TableMemory> Leaves<'t, F, M> {
-    /// Goes back to the frames of the last step, and down from the root again: the entry was frozen.
+    /// Goes back to `gfns`, the frames of the last step, and down from the root again: the entry was frozen, or became a table.
     pub fn look_again(&mut self, gfns: GfnRange) {
         self.at = self.range.intersection(gfns).start;
         self.left = [].iter();

@@ -78,6 +78,12 @@ pub use walk::{Translation, Walked};
 const NO_ROOT: u64 = u64::MAX;
 
 /// Stage-2 tables of one address space, in format `F`, in memory `M`.
+///
+/// What takes `&self` may be called by any thread at any time, without a lock, but for what [`split`](Self::split) asks of its caller.
+/// No call allocates but [`new`](Self::new) and [`top_up`](Self::top_up), and none makes a CPU forget anything by itself: who takes
+/// leaves, tables or permissions away flushes. No leaf ever becomes a leaf of another frame: zap and flush first. While a thread
+/// [collapses](Self::collapse) or [unlinks](Self::unlink) a table, or breaks an entry before it is made, installs there back off
+/// ([`Mapped::LostRace`](afterimage_mmu::Mapped)), and zaps spin until it is done. Dropping the tables frees every page that is linked.
 pub struct Tables<F: Format, M: TableMemory> {
     memory: M,
     /// The frame of the root, or [`NO_ROOT`].
@@ -94,7 +100,8 @@ impl<F: Format, M: TableMemory> fmt::Debug for Tables<F, M> {
 }
 
 impl<F: Format, M: TableMemory> Tables<F, M> {
-    /// Empty tables; `None` if `memory` has no room for the root, or gives one that hardware could not be told of.
+    /// Empty tables, of [`Format::ROOT_PAGES`] pages; `None` if `memory` has no room for the root, or gives one that hardware could
+    /// not be told of.
     pub fn new(memory: M) -> Option<Self> {
         let root = memory.allocate(F::ROOT_PAGES)?;
         let era = AtomicU64::new(near::new_era());
@@ -123,7 +130,7 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
         self.end_era();
     }
 
-    /// The guest frames that the tables reach.
+    /// The guest frames that the tables reach: `[0, 2^(GPA_BITS - 12))`.
     pub fn reach(&self) -> GfnRange {
         GfnRange::new(Gfn::new(0), Gfn::new(1 << (F::GPA_BITS - 12)))
     }
@@ -131,7 +138,8 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
     /// Tables that one install links at most: one for each level below the root.
     pub(crate) const MOST_LINKED: usize = F::ROOT_LEVEL.number() as usize - 1;
 
-    /// Refills a cache for one install; `false` if there is no memory. Before the critical section.
+    /// Refills a cache with the pages that one install can link, one for each level below the root; `false` if there is no memory, or
+    /// the cache is for tables in another one. Before the critical section (KVM: `mmu_topup_memory_caches`).
     #[inline]
     pub fn top_up(&self, cache: &mut TableCache<M>) -> bool {
         cache.top_up(&self.memory, Self::MOST_LINKED)

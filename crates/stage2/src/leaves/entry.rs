@@ -66,20 +66,21 @@ impl<'t, F: Format> LeafEntry<'t, F> {
         self.leaf
     }
 
-    /// Takes the leaf away.
+    /// Takes the leaf away. The caller flushes.
     #[inline]
     pub fn take_away(&self) -> Change {
         self.change(|_| None)
     }
 
-    /// Leaves at most `left` of the permission to write.
+    /// Leaves at most `left` of the permission to write, which allows none. The caller flushes, if it was allowed.
     #[inline]
     pub fn write_protect(&self, left: Writable) -> Change {
         debug_assert!(!left.is_allowed());
         self.change(|leaf| Some(Leaf { writable: leaf.writable.min(left), ..leaf }))
     }
 
-    /// Takes the mark of a past write away, where the format has one.
+    /// Takes the mark of a past write away. Only where the format has one ([`Format::HAS_DIRTY`]). The caller flushes, or a write
+    /// through what a CPU has cached sets no mark.
     #[inline]
     pub fn clean(&self) -> Change {
         debug_assert!(F::HAS_DIRTY);

@@ -37,7 +37,7 @@ impl PartialEq for HeapMemory {
 }
 
 impl HeapMemory {
-    /// At most `pages` pages at a time.
+    /// At most `pages` pages of 4 KiB at a time: beyond that there is no memory.
     pub fn with_limit(pages: usize) -> Self {
         Self { counts: Arc::new(Counts { pages: AtomicUsize::new(0), limit: pages }) }
     }

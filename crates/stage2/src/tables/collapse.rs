@@ -21,7 +21,10 @@ use crate::sync::Ordering;
 
 impl<F: Format, M: TableMemory> Tables<F, M> {
     /// Puts one leaf of `size` in the place of the table around `gfn`, if its leaves are contiguous, and equal but for their
-    /// marks. It allows of fetching what they do, and `most` at most. The table is unlinked; no frame is taken away.
+    /// marks. It allows of fetching what they do, and `most` at most. The table is unlinked; no frame is taken away. `None`: it
+    /// is as it was, with no mark less.
+    ///
+    /// Source: Linux `recover_huge_pages_range`.
     ///
     /// `flush` as for [`split`](Self::split). The caller knows that a leaf of `size` may be mapped there.
     pub fn collapse(

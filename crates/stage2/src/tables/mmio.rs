@@ -8,7 +8,13 @@ use crate::format::{Entry, Format};
 use crate::memory::{TableCache, TableMemory};
 
 impl<F: Format, M: TableMemory> Tables<F, M> {
-    /// Caches that `gfn` is no memory under this `generation` of the memslots. `None`: the format cannot.
+    /// Caches that `gfn` is no memory under this `generation` of the memslots. `None`: the format cannot, or the generation has more
+    /// than [`MMIO_GENERATION_BITS`](crate::MMIO_GENERATION_BITS) bits.
+    ///
+    /// Source: Linux `handle_mmio_page_fault`, `make_mmio_spte`.
+    ///
+    /// # Errors
+    /// As for [`map`](Self::map): the frame is out of reach, the cache is empty, or the entry is not one of ours.
     pub fn cache_mmio(
         &self,
         gfn: Gfn,

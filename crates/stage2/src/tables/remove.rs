@@ -25,14 +25,14 @@ use crate::sync::Ordering;
 pub struct Removed {
     /// What the table translated.
     pub gfns: GfnRange,
-    /// Frames that its leaves mapped.
+    /// Frames of 4 KiB that its leaves mapped, and that nothing maps now.
     pub frames: u64,
     /// The table, if it was unlinked; `None`: a table below is in the way.
     pub table: Option<Pfn>,
 }
 
 impl<F: Format, M: TableMemory> Tables<F, M> {
-    /// The frames of the first table of `level` (no root) that lies within `gfns` as a whole.
+    /// The frames of the first table of `level` (no root) that lies within `gfns` as a whole; `None` if there is none.
     pub fn next_table(&self, gfns: GfnRange, level: Level) -> Option<GfnRange> {
         let gfns = gfns.intersection(self.reach());
         let mut at = gfns.start;
@@ -48,7 +48,9 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
     }
 
     /// Unlinks the table of `level` around `gfn` with every leaf in it, unless tables lie below it. `None`: there is no such
-    /// table.
+    /// table. The table's memory stays as it is until [`free`](Self::free).
+    ///
+    /// Source: Linux `handle_removed_pt`.
     ///
     /// `flush` as for [`split`](Self::split); it has nothing to do where nobody installs anything before the caller flushes.
     pub fn unlink(&self, gfn: Gfn, level: Level, flush: impl FnOnce(GfnRange)) -> Option<Removed> {

@@ -32,6 +32,11 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
     ///
     /// `flush` makes every CPU forget the frames, before it returns. It is asked where the format demands it, and then the
     /// caller holds what keeps others from splitting, collapsing and zapping meanwhile.
+    ///
+    /// Source: Linux `tdp_mmu_split_huge_page`, arm64 `stage2_split_walker`.
+    ///
+    /// # Errors
+    /// `cache` has no page ([`MapError::NoTable`]), or one that the format cannot link ([`MapError::Refused`]); nothing has changed.
     pub fn split(
         &self,
         gfn: Gfn,

@@ -11,7 +11,11 @@ use crate::sync::Ordering;
 
 impl<F: Format, M: TableMemory> Tables<F, M> {
     /// Lets `change` give the present leaf of `gfn` other marks or permissions, by one compare-exchange (KVM's fast
-    /// page fault). `None`: there is no leaf, or `change` wants none of it.
+    /// page fault). `None`: there is no leaf, or `change` wants none of it, or the format cannot say what it wants.
+    ///
+    /// What `change` gives allows at least what is there, for the same frame and size. Nothing need be flushed.
+    ///
+    /// Source: Linux `fast_page_fault`.
     pub fn upgrade_present(&self, gfn: Gfn, change: impl FnOnce(Leaf) -> Option<Leaf>) -> Option<Mapped> {
         let place = self.find(gfn)?;
         let Entry::Leaf(found) = place.said() else { return None };

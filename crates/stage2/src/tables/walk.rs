@@ -26,7 +26,7 @@ pub enum Translation {
 }
 
 impl<F: Format, M: TableMemory> Tables<F, M> {
-    /// Looks up `gfn`, without a lock. Nothing is changed, no mark is set.
+    /// Looks up `gfn`, without a lock. Nothing is changed, no mark is set. Out of reach of the tables nothing is mapped.
     #[inline]
     pub fn walk(&self, gfn: Gfn) -> Walked {
         match self.find(gfn) {
@@ -51,7 +51,8 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
         }
     }
 
-    /// Translates an access of the guest as hardware does, which sets the marks (a vCPU in software).
+    /// Translates an access of the guest as hardware does, which sets the marks (a vCPU in software). Whoever may fetch may, guest
+    /// kernel or user program.
     ///
     /// Hardware that leaves the marks to software faults where this sets them.
     pub fn translate(&self, gfn: Gfn, access: Access) -> Translation {
