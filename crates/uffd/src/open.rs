@@ -128,6 +128,10 @@ const fn remedy(device: Errno, syscall: Errno, origin: FaultOrigin) -> &'static 
         (_, Errno::INVAL) if matches!(origin, FaultOrigin::UserMode) => {
             "this kernel is older than 5.11 and has no user-mode-only userfaultfd: run as root"
         }
+        (_, Errno::PERM) if matches!(origin, FaultOrigin::UserMode) => {
+            "userfaultfd(2) is forbidden even for faults of user mode, as by a container's seccomp profile: allow it there, \
+             or give this user the device with `setfacl -m u:USER:rw /dev/userfaultfd`"
+        }
         (Errno::NOENT, _) => {
             "there is no /dev/userfaultfd (it needs Linux 6.1, and in a container it must be passed in): run as root, \
              or set `sysctl vm.unprivileged_userfaultfd=1`, or allow userfaultfd in the container's seccomp profile; \
@@ -262,5 +266,10 @@ mod tests {
         assert!(remedy(Errno::MFILE, Errno::MFILE, any).contains("ulimit"));
         assert!(remedy(Errno::NOENT, Errno::PERM, any).contains("no /dev/userfaultfd"));
         assert!(remedy(Errno::NOENT, Errno::INVAL, FaultOrigin::UserMode).contains("5.11"));
+        // Who asked for user mode is not told to ask for it.
+        for device in [Errno::NOENT, Errno::ACCESS] {
+            let remedy = remedy(device, Errno::PERM, FaultOrigin::UserMode);
+            assert!(remedy.contains("seccomp") && !remedy.contains("FaultOrigin"), "{remedy}");
+        }
     }
 }
