@@ -1,5 +1,5 @@
-//! Ratios taken in one run: what is compared takes turns; the median and the least of the rounds are printed, each
-//! with its ratio to the first of its table.
+//! Ratios taken in one run. The first of a table is measured right before each of the others, in every round, and a
+//! ratio is that of two neighbours: where the machine changes its pace, it does so for both.
 
 pub(crate) mod instructions;
 
@@ -8,28 +8,31 @@ use std::time::Duration;
 /// One thing that is measured: nanoseconds for one unit of work, a round each call.
 pub(crate) type Measured<'a> = (&'a str, Box<dyn FnMut() -> f64 + 'a>);
 
-/// Runs all in turns and prints the medians.
+/// Measures all of them and prints the medians: of the time, and of the ratios to the first, with the least and the greatest.
 pub(crate) fn compare(title: &str, unit: &str, rounds: usize, mut measured: Vec<Measured<'_>>) {
     println!("\n{title}");
-    let mut samples = vec![Vec::with_capacity(rounds); measured.len()];
+    println!("  {:<44} {:>12} {:>11}", "", "median", "ratio");
+    let ((first, base), others) = measured.split_first_mut().expect("a table has a first line");
+    let mut bases = Vec::with_capacity(rounds * others.len());
+    let mut samples = vec![Vec::with_capacity(rounds); others.len()];
     for _ in 0..rounds {
-        for ((_, round), samples) in measured.iter_mut().zip(&mut samples) {
-            samples.push(round());
+        for ((_, round), samples) in others.iter_mut().zip(&mut samples) {
+            let before = base();
+            let ns = round();
+            bases.push(before);
+            samples.push((ns, ns / before));
         }
     }
-    let medians: Vec<f64> = samples.iter_mut().map(|samples| median(samples)).collect();
-    let least = |samples: &[f64]| samples.iter().copied().fold(f64::INFINITY, f64::min);
-    let base = (medians[0], least(&samples[0]));
-    println!("  {:<44} {:>12} {:>10}     {:>12}", "", "median", "", "least");
-    for (((name, _), ns), samples) in measured.iter().zip(medians).zip(&samples) {
-        let (to_base, least) = (ns / base.0, least(samples));
-        println!(
-            "  {name:<44} {ns:>12.1} ns {to_base:>7.2} x {least:>12.1} ns {:>7.2} x   {unit}",
-            least / base.1
-        );
+    println!("  {first:<44} {:>9.1} ns {:>9.2} x {:<18} {unit}", median(&mut bases), 1.0, "");
+    for ((name, _), samples) in others.iter().zip(samples) {
+        let (mut ns, mut ratios): (Vec<f64>, Vec<f64>) = samples.into_iter().unzip();
+        let (ns, ratio) = (median(&mut ns), median(&mut ratios));
+        let range = format!("[{:.2} to {:.2}]", ratios[0], ratios[ratios.len() - 1]);
+        println!("  {name:<44} {ns:>9.1} ns {ratio:>9.2} x {range:<18} {unit}");
     }
 }
 
+/// The middle of `samples`, which it sorts.
 pub(crate) fn median(samples: &mut [f64]) -> f64 {
     samples.sort_by(f64::total_cmp);
     samples[samples.len() / 2]

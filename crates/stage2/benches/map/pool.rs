@@ -13,8 +13,8 @@ use afterimage_mmu::{FRAME_BYTES, FRAME_SHIFT, Pfn};
 use afterimage_stage2::TableMemory;
 use rustix::mm::{Advice, madvise};
 
-/// Tables for 4 GiB in 4 KiB pages, and what two vCPUs keep at hand.
-const PAGES: usize = 2048 + 64;
+/// Tables for 4 GiB in 4 KiB pages, two times, and what two vCPUs keep at hand.
+const PAGES: usize = 2 * 2048 + 64;
 const HUGE: usize = 2 << 20;
 const BYTES: usize = (PAGES << FRAME_SHIFT).next_multiple_of(HUGE);
 
