@@ -53,7 +53,7 @@ use crate::invalidation::{Invalidations, MachineId};
 use crate::mmu_lock::{Witness, sealed};
 use crate::mutation::{self, Mutation};
 use crate::platform::Platform;
-use crate::regions::{self, Regions};
+use crate::regions::{self, Grid};
 use crate::sync::{AtomicU64, CachePadded, Ordering, ParkWord, compiler_fence, fence};
 use crate::vcpu_words::VcpuShared;
 
@@ -222,13 +222,13 @@ impl IntentWord {
 
 /// Words for blocks of one region.
 #[cfg(not(loom))]
-const REGIONS: Regions = Regions { order: regions::SMALL, first: 0, words: 16 };
+const REGIONS: Grid = Grid { rows: 3, columns: 2 };
 /// Few under loom.
 #[cfg(loom)]
-const REGIONS: Regions = Regions { order: regions::SMALL, first: 0, words: 2 };
+const REGIONS: Grid = Grid { rows: 0, columns: 1 };
 
 /// Index of the word for blocks that span regions.
-const SPANNING: usize = REGIONS.words;
+const SPANNING: usize = REGIONS.words();
 /// Index of the word for walks.
 const WALKS: usize = SPANNING + 1;
 
@@ -276,7 +276,7 @@ impl IntentWords {
     pub(crate) fn named(&self, frames: GfnRange, covers: impl Fn(GfnRange) -> bool) -> Option<Announced> {
         let mut touched = REGIONS.words_of(frames);
         if mutation::active(Mutation::DrainForgetsLastRegion) {
-            touched = touched.but_last();
+            touched = touched.but(REGIONS.last_of(frames));
         }
         core::iter::once(SPANNING)
             .chain(touched)

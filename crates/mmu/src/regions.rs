@@ -86,6 +86,87 @@ impl Iterator for Words {
     }
 }
 
+/// Words for small regions in rows, one for each so-manieth wide region, and columns, one for each so-manieth small one: a
+/// range looks at one word, or at those of the rows that it lies in.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Grid {
+    /// Rows, as a power of two.
+    pub(crate) rows: u32,
+    /// Columns, as a power of two.
+    pub(crate) columns: u32,
+}
+
+/// Small regions in a wide one, as a power of two.
+const SMALL_IN_WIDE: u32 = WIDE - SMALL;
+
+impl Grid {
+    /// How many words. At most 32.
+    pub(crate) const fn words(self) -> usize {
+        1 << (self.rows + self.columns)
+    }
+
+    /// The word of the small region that `block` lies in.
+    #[inline]
+    pub(crate) const fn word_of(self, block: Block) -> usize {
+        self.word(block.first() >> SMALL) as usize
+    }
+
+    /// Each word of a small region that `range` touches.
+    pub(crate) const fn words_of(self, range: GfnRange) -> WordSet {
+        let mut set = WordSet(0);
+        if range.is_empty() {
+            return set;
+        }
+        let last = (range.end.as_u64() - 1) >> SMALL;
+        let mut region = range.start.as_u64() >> SMALL;
+        let mut rows = 0;
+        // The first so many regions of each row have all of its words, and the first so many rows all there are.
+        while region <= last && rows <= 1 << self.rows {
+            let behind = ((region >> SMALL_IN_WIDE) + 1) << SMALL_IN_WIDE;
+            let mut columns = 0;
+            while region + columns <= last && region + columns < behind && columns < 1 << self.columns {
+                set.0 |= 1 << self.word(region + columns);
+                columns += 1;
+            }
+            region = behind;
+            rows += 1;
+        }
+        set
+    }
+
+    /// The word of the last small region that `range`, which is not empty, touches.
+    pub(crate) const fn last_of(self, range: GfnRange) -> usize {
+        self.word((range.end.as_u64() - 1) >> SMALL) as usize
+    }
+
+    const fn word(self, region: u64) -> u64 {
+        let row = region >> SMALL_IN_WIDE & ((1 << self.rows) - 1);
+        row << self.columns | region & ((1 << self.columns) - 1)
+    }
+}
+
+/// Some words of a [`Grid`], each once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct WordSet(u32);
+
+impl WordSet {
+    /// All but `word`.
+    pub(crate) const fn but(self, word: usize) -> Self {
+        Self(self.0 & !(1 << word))
+    }
+}
+
+impl Iterator for WordSet {
+    type Item = usize;
+
+    fn next(&mut self) -> Option<usize> {
+        let next = self.0.trailing_zeros() as usize;
+        let is_one = self.0 != 0;
+        self.0 &= self.0.wrapping_sub(1);
+        is_one.then_some(next)
+    }
+}
+
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
@@ -112,12 +193,55 @@ mod tests {
             frames(0, 1 << 40),
             frames(u64::MAX - 1, u64::MAX),
         ];
+        let overlapping = |order: u32| {
+            let said = ranges.map(Block::around).into_iter().filter(move |said| said.order() <= order);
+            said.flat_map(|said| ranges.map(|asked| (said, asked)))
+                .filter(|(said, asked)| asked.overlaps(said.range()))
+        };
         for regions in [FEW, BEHIND] {
-            for said in ranges.map(Block::around).into_iter().filter(|said| said.order() <= regions.order) {
-                for asked in ranges.into_iter().filter(|asked| asked.overlaps(said.range())) {
-                    let word = regions.word_of(said);
-                    assert!(regions.words_of(asked).any(|met| met == word), "{said} {asked}");
-                }
+            for (said, asked) in overlapping(regions.order) {
+                let word = regions.word_of(said);
+                assert!(regions.words_of(asked).any(|met| met == word), "{said} {asked}");
+            }
+        }
+        for (said, asked) in overlapping(SMALL) {
+            let word = GRID.word_of(said);
+            assert!(GRID.words_of(asked).any(|met| met == word), "{said} {asked}");
+        }
+    }
+
+    const GRID: Grid = Grid { rows: 3, columns: 2 };
+
+    #[test]
+    fn a_range_looks_at_the_rows_that_it_lies_in() {
+        let of = |start, end| GRID.words_of(frames(start, end)).collect::<Vec<_>>();
+        let wide = 1 << WIDE;
+        assert_eq!(GRID.words(), 32);
+        assert_eq!(of(5, 5), []);
+        assert_eq!(of(600, 601), [1]);
+        assert_eq!(of(3 * 512, 5 * 512), [0, 3]);
+        assert_eq!(of(wide - 1, wide + 1), [3, 4]);
+        assert_eq!(of(0, wide), [0, 1, 2, 3]);
+        assert_eq!(of(wide - 512, 4 * wide), [3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]);
+        assert_eq!(of(7 * wide, 9 * wide), [0, 1, 2, 3, 28, 29, 30, 31]);
+        // Around all rows, and once more into the first.
+        assert_eq!(of(wide - 512, 9 * wide), (0..32).collect::<Vec<_>>());
+        assert_eq!(of(0, u64::MAX), (0..32).collect::<Vec<_>>());
+        assert_eq!(GRID.last_of(frames(0, wide + 1)), 4);
+        assert_eq!(GRID.words_of(frames(0, wide)).but(3).collect::<Vec<_>>(), [0, 1, 2]);
+    }
+
+    /// Every small region of a range, for all small ranges.
+    #[test]
+    fn no_region_of_a_range_is_left_out() {
+        for first in 0..70 {
+            for last in first..300 {
+                let range = frames(first * 512 + 7, last * 512 + 8);
+                let met: Vec<_> = GRID.words_of(range).collect();
+                let touched = first..=last;
+                let expected =
+                    |word: &usize| touched.clone().any(|region| GRID.word(region) as usize == *word);
+                assert_eq!(met, (0..32).filter(expected).collect::<Vec<_>>(), "{range}");
             }
         }
     }

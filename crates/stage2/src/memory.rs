@@ -11,7 +11,7 @@
 //! | a mapped page, large or not, besides the tables | 0 |
 //! | tables | 4 KiB for each that the architecture needs, and the root: 4 KiB to 64 KiB |
 //! | pages at hand | 4 KiB for each level below the root, at most, for each vCPU |
-//! | a vCPU's words and counters | 3,584, at most |
+//! | a vCPU's words and counters | 5,632, at most |
 //! | a machine with one memslot | 32 KiB, at most |
 //!
 //! `tests/memory.rs` counts every allocation, for 1 GiB in single frames, in large pages, and for frames here and there. A

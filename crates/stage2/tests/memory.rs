@@ -113,7 +113,7 @@ fn weigh<F: Format>(frames: &BTreeSet<u64>, size: PageSize, witness: WitnessKind
     let before = live();
     let mut vcpu = mmu.vcpu();
     let words = live() - before;
-    assert!(words <= 28 * 128, "a vCPU has {words} bytes of words and counters");
+    assert!(words <= 44 * 128, "a vCPU has {words} bytes of words and counters");
     for gfn in frames {
         let outcome = vcpu.handle_fault(&Identity(size), &Fault::new(Gfn::new(*gfn), Access::WRITE));
         assert!(matches!(outcome, Ok(FaultOutcome::Fixed)), "{outcome:?}");
