@@ -129,6 +129,9 @@ impl<'w> SlotLog<'w> {
     /// left out.
     #[inline]
     pub fn written(&mut self, gfns: GfnRange) {
+        if gfns.is_empty() {
+            return;
+        }
         if self.run.end != gfns.start {
             self.set();
             self.run.start = gfns.start;
@@ -229,6 +232,12 @@ mod tests {
         log.written(gfns(1024, 1536));
         drop(log);
         assert_eq!(words(), [u64::MAX << 24 | 0b11, u64::MAX, u64::MAX, 0xff]);
+        // What is empty takes nothing away.
+        let mut log = SlotLog::new(&slot, Some(&bitmap));
+        log.written(gfns(1000, 1001));
+        log.written(gfns(1001, 900));
+        drop(log);
+        assert_eq!(words(), [1, 0, 0, 0]);
         SlotLog::new(&slot, Some(&bitmap)).written(gfns(0, 512));
         SlotLog::new(&slot, Some(&bitmap)).written(gfns(2000, 2001));
         SlotLog::new(&slot, None).written(gfns(1000, 1200));

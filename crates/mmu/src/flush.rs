@@ -57,7 +57,7 @@ impl Flush {
     #[inline]
     pub(crate) fn add(&mut self, gfns: GfnRange) {
         let before = &mut self.translations;
-        if before.end == gfns.start {
+        if before.end == gfns.start && !before.is_empty() && !gfns.is_empty() {
             before.end = gfns.end;
         } else {
             *before = before.hull(gfns);
@@ -178,6 +178,21 @@ mod tests {
         }
         words.widen(Flush::NOTHING);
         assert!(words.take().is_nothing());
+    }
+
+    #[test]
+    fn what_is_added_is_covered_with_all_before() {
+        let backwards = |start, end| GfnRange { start: Gfn::new(start), end: Gfn::new(end) };
+        let of = |added: &[GfnRange]| {
+            let mut flush = Flush::NOTHING;
+            added.iter().for_each(|gfns| flush.add(*gfns));
+            flush.translations
+        };
+        assert_eq!(of(&[gfns(0, 1), gfns(1, 512)]), gfns(0, 512));
+        assert_eq!(of(&[gfns(7, 9), gfns(20, 21), gfns(3, 4)]), gfns(3, 21));
+        // What is empty takes nothing away, wherever it ends.
+        assert_eq!(of(&[gfns(2, 9), backwards(9, 3)]), gfns(2, 9));
+        assert_eq!(of(&[backwards(9, 3), gfns(3, 4)]), gfns(3, 4));
     }
 
     #[test]
