@@ -3,7 +3,8 @@
 //! # States
 //!
 //! A [`SlotSet`] is immutable once published. An update builds a new set, announces it, waits until every notifier event knows it
-//! (`active.rs`), swaps the pointer, waits until no event and no fault can still see the old set (`VcpuWords::wait_for_readers`), and frees it.
+//! (`active.rs`), swaps the pointer, waits until no event and no fault can still see the old set
+//! (`VcpuWords::wait_for_readers`), and frees it.
 //! Neither events nor faults ever wait, and an update waits for those alone that had begun before.
 //!
 //! A slot that is deleted or moved goes through [`SlotState::Invalid`] first: faults on it retry, and are neither
