@@ -47,26 +47,20 @@ pub(crate) fn installs_back_off<F: Format>() {
     assert_eq!(tables.walk(GFN).entry, Entry::Leaf(page(0x205)));
 }
 
-/// A zap waits, and takes what is there then.
+/// A zap does not go by, and takes what is there when the entry is frozen no more.
 pub(crate) fn zaps_wait<F: Format>() {
     let (tables, mut cache) = tables::<F>();
-    let tables = &tables;
-    let zapped = std::thread::scope(|scope| {
-        let mut zap = None;
-        let split = tables.split(GFN, &mut cache, |_| {
-            let zapping = zap.insert(scope.spawn(|| tables.zap(GfnRange::frame(GFN))));
-            // As long as it takes to end if it does not wait, on any but the busiest of machines.
-            for _ in 0..10_000 {
-                if zapping.is_finished() {
-                    break;
-                }
-                std::thread::yield_now();
-            }
-        });
-        assert_eq!(split, Ok(Split::Done(PageSize::Size4K)));
-        zap.expect("the split flushes").join().expect("it does not panic")
+    let mut leaves = tables.leaves(GfnRange::frame(GFN));
+    let mut met = None;
+    let split = tables.split(GFN, &mut cache, |_| {
+        let Some(Step::Leaf(entry)) = leaves.next() else { panic!("somebody has it in hand") };
+        met = Some((entry.leaf(), entry.take_away()));
+        leaves.look_again(entry.gfns());
     });
-    assert_eq!(zapped, 1);
+    assert_eq!((split, met), (Ok(Split::Done(PageSize::Size4K)), Some((None, Change::LookAgain))));
+    let Some(Step::Leaf(entry)) = leaves.next() else { panic!("it is mapped") };
+    assert_eq!(entry.take_away(), Change::Did(page(0x205)));
+    assert!(leaves.next().is_none());
     assert_eq!(tables.walk(GFN).entry, Entry::Absent);
     assert_eq!(tables.walk(Gfn::new(6)).entry, Entry::Leaf(page(0x206)));
 }

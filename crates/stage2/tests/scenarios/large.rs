@@ -8,6 +8,7 @@ use afterimage_stage2::{
     Entry, Execute, Format, HeapMemory, LargeExecute, LargePages, Translation, Writable,
 };
 
+use crate::support::platform::until_it_waits;
 use crate::support::*;
 
 pub(crate) fn huge_pages<F: Format>() {
@@ -245,24 +246,14 @@ pub(crate) fn tables_outlive_walks<F: Format>() {
     let pages = memory.pages();
     let mut walker = vcpu.walker();
     let section = walker.walk();
-    let flushes = mmu.invalidation_stats().flushes;
     std::thread::scope(|scope| {
-        let deleting = scope.spawn(|| mmu.delete_slot(SpaceId(0), SlotId(0)));
-        while mmu.invalidation_stats().flushes == flushes && !deleting.is_finished() {
-            std::thread::yield_now();
-        }
+        let deleting = until_it_waits(scope, || mmu.delete_slot(SpaceId(0), SlotId(0)));
         let tables = mmu.secondary().tables(SpaceId(0), section.walking()).expect("there are two spaces");
         assert_eq!(tables.walk(Gfn::new(512)).entry, Entry::Absent);
-        // As long as it takes to end if it does not wait, on any but the busiest of machines.
-        for _ in 0..10_000 {
-            if deleting.is_finished() {
-                break;
-            }
-            std::thread::yield_now();
-        }
-        assert_eq!(memory.pages(), pages, "somebody may be in them");
+        let held = memory.pages();
         drop(section);
         deleting.join().expect("it does not panic").expect("the slot exists");
+        assert_eq!(held, pages, "somebody may be in them");
     });
     assert_eq!(memory.pages(), pages - 2);
 }

@@ -9,6 +9,7 @@ use afterimage_mmu::{
 use afterimage_stage2::{Entry, Format, HeapMemory, LargePages, Stage2, TableMemory, Translation};
 
 use crate::scenarios::faults::run;
+use crate::support::platform::until_it_waits;
 use crate::support::*;
 
 const BOTH: [WitnessKind; 2] = [WitnessKind::Lock, WitnessKind::Intent];
@@ -108,21 +109,10 @@ pub(crate) fn old_roots_outlive_walks<F: Format>() {
         let pages = memory.pages();
         let mut walker = vcpu.walker();
         let section = walker.walk();
-        let reloads = mmu.invalidation_stats().reloads;
         std::thread::scope(|scope| {
-            let zapping = scope.spawn(|| mmu.zap_all());
-            while mmu.invalidation_stats().reloads == reloads && !zapping.is_finished() {
-                std::thread::yield_now();
-            }
+            let zapping = until_it_waits(scope, || mmu.zap_all());
             let tables = mmu.secondary().tables(SpaceId(0), section.walking()).expect("there are two spaces");
             assert_eq!(tables.walk(Gfn::new(512)).entry, Entry::Absent, "below the new root");
-            // As long as it takes to end if it does not wait, on any but the busiest of machines.
-            for _ in 0..500 {
-                if zapping.is_finished() {
-                    break;
-                }
-                std::thread::yield_now();
-            }
             let held = memory.pages();
             drop(section);
             zapping.join().expect("it does not panic");
