@@ -314,6 +314,13 @@ impl Machine {
         wait_until("the page becomes resident", || self.state(page) == State::Resident);
     }
 
+    /// Waits until so many faults were taken, and no more: one that woke its guest is counted a moment after.
+    #[track_caller]
+    pub(crate) fn wait_taken(&self, faults: u64) {
+        wait_until("every fault is counted", || self.mmu.fault_stats().taken >= faults);
+        assert_eq!(self.mmu.fault_stats().taken, faults);
+    }
+
     /// Frames in the store.
     pub(crate) fn store_frames(&self) -> u64 {
         self.object.store_stats().frames()
