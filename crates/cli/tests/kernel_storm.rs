@@ -6,7 +6,8 @@ use std::fs;
 
 use afterimage_testing::skip;
 use afterimage_vm::{KvmProbe, probe};
-use command::{afterimage, alone, has_kvm, to_end};
+use command::{Running, afterimage, alone, has_kvm, to_end, wait_until};
+use rustix::process::Signal;
 use serde_json::Value;
 
 /// Runs `storm --kernel` with these arguments, short; nothing without KVM.
@@ -87,6 +88,49 @@ fn no_number_is_silently_missing() {
         let name = if by == "ksm" { "KSM" } else { by };
         assert!(ran || table.contains(&format!("NOT RUN: C storm by {name}: ")), "{by}: {table}");
     }
+}
+
+/// Neither its settings nor its tracing stay as they were for a storm, however that ends.
+#[test]
+fn a_storm_that_is_killed_leaves_the_kernel_as_it_was() {
+    let test = "a_storm_that_is_killed_leaves_the_kernel_as_it_was";
+    let setting = |name| format!("/sys/kernel/mm/ksm/{name}");
+    let may_set = fs::OpenOptions::new().write(true).open(setting("run")).is_ok();
+    let traces = || -> Option<usize> {
+        let instances = fs::read_dir("/sys/kernel/tracing/instances").ok()?;
+        let ours = |name: &std::ffi::OsStr| name.to_string_lossy().starts_with("afterimage-");
+        Some(instances.filter(|found| found.as_ref().is_ok_and(|found| ours(&found.file_name()))).count())
+    };
+    let (true, Some(traces_before)) = (may_set, traces()) else {
+        return skip(test, "KSM cannot be set here, or nothing can be traced");
+    };
+    if !has_kvm(test) {
+        return;
+    }
+    let _alone = alone();
+    let settings = || {
+        ["run", "sleep_millisecs", "pages_to_scan"]
+            .map(|name| fs::read_to_string(setting(name)).expect("it is there"))
+    };
+    let before = settings();
+    let mut command = afterimage();
+    command.args([
+        "storm",
+        "--kernel",
+        "--scenario",
+        "C",
+        "--duration",
+        "300ms",
+        "--repeat",
+        "1",
+        "--memory",
+        "16M",
+    ]);
+    let storm = Running::start(&mut command, None);
+    assert!(wait_until(|| settings() != before && traces() > Some(traces_before)), "KSM is set to work");
+    storm.signal(Signal::KILL);
+    assert_eq!(storm.end().status.code(), None);
+    assert!(wait_until(|| settings() == before && traces() == Some(traces_before)), "{:?}", settings());
 }
 
 #[test]

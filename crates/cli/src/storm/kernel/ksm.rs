@@ -5,38 +5,31 @@ use std::path::Path;
 
 use anyhow::{Context as _, Result};
 
+use super::undo::Undo;
+
 const SETTINGS: &str = "/sys/kernel/mm/ksm";
 /// What a storm sets, in order.
 const HARD: [(&str, &str); 3] = [("pages_to_scan", "100000"), ("sleep_millisecs", "0"), ("run", "1")];
 
-/// KSM at work. What was set before is set again when this is dropped.
+/// KSM at work. What was set before is set again when this is dropped, or this process is killed.
 #[derive(Debug)]
 pub(crate) struct Merging {
-    before: Vec<(&'static str, String)>,
+    _undo: Undo,
 }
 
 impl Merging {
-    /// Sets it to work. Without a word in the error, this cannot be had: it says why, and how to get it.
+    /// Sets it to work. The error says why it cannot be had, and how to get it.
     pub(crate) fn start() -> Result<Self> {
-        let setting = |name: &str| Path::new(SETTINGS).join(name);
-        let mut merging = Self { before: Vec::new() };
+        let mut undo = Undo::new()?;
         for (name, value) in HARD {
-            let before = fs::read_to_string(setting(name)).with_context(|| {
+            let setting = Path::new(SETTINGS).join(name);
+            let before = fs::read_to_string(&setting).with_context(|| {
                 format!("{SETTINGS}/{name} cannot be read: this kernel has no KSM (CONFIG_KSM)")
             })?;
-            fs::write(setting(name), value)
+            undo.by_setting(&setting, before.trim())?;
+            fs::write(&setting, value)
                 .with_context(|| format!("{SETTINGS}/{name} cannot be written: only root may"))?;
-            merging.before.insert(0, (name, before.trim().to_owned()));
         }
-        Ok(merging)
-    }
-}
-
-impl Drop for Merging {
-    fn drop(&mut self) {
-        for (name, value) in &self.before {
-            // It could be written a moment ago; if not now, there is nobody to tell who could do more.
-            let _ = fs::write(Path::new(SETTINGS).join(name), value);
-        }
+        Ok(Self { _undo: undo })
     }
 }

@@ -12,6 +12,7 @@ mod ksm;
 mod memory;
 mod plan;
 mod tracefs;
+mod undo;
 mod watched;
 
 use core::sync::atomic::{AtomicBool, Ordering::Relaxed};

@@ -1,4 +1,4 @@
-//! An instance of the kernel's tracing: its own buffer, its own events, gone when dropped.
+//! An instance of the kernel's tracing: its own buffer, its own events, gone when dropped, or when this process is killed.
 
 use std::fs;
 use std::io::{self, Write as _};
@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process;
 
 use anyhow::{Context as _, Result, bail};
+
+use super::undo::Undo;
 
 /// KiB of buffer for each CPU.
 const BUFFER_KB: u32 = 16 << 10;
@@ -15,8 +17,8 @@ const BUFFER_KB: u32 = 16 << 10;
 pub(crate) struct Tracing {
     root: PathBuf,
     instance: PathBuf,
-    /// Events of our own, as `group/name`.
-    probes: Vec<String>,
+    /// The instance goes with this, and events of our own.
+    undo: Undo,
     /// Events that it could not switch on.
     missing: Vec<String>,
 }
@@ -52,13 +54,15 @@ impl Tracing {
             bail!("tracefs is not mounted: mount -t tracefs nodev /sys/kernel/tracing");
         };
         let instance = root.join(format!("instances/afterimage-{}-{name}", process::id()));
+        let mut undo = Undo::new()?;
+        undo.by_removing(&instance)?;
         fs::create_dir(&instance).with_context(|| {
             format!(
                 "no tracing instance can be made under {} (root may, unless lockdown forbids it)",
                 root.display()
             )
         })?;
-        let mut tracing = Self { root, instance, probes: Vec::new(), missing: Vec::new() };
+        let mut tracing = Self { root, instance, undo, missing: Vec::new() };
         tracing.set("tracing_on", "0")?;
         tracing.set("trace_clock", "mono")?;
         tracing.set("buffer_size_kb", &BUFFER_KB.to_string())?;
@@ -78,18 +82,22 @@ impl Tracing {
         let mut why = "this kernel has no kprobe events, CONFIG_KPROBE_EVENTS".to_owned();
         let functions = if probes.exists() { probe.functions } else { &[] };
         for function in functions {
-            // One line defines one event; what is there stays.
-            let defined = append(&probes, &format!("p:{group}/{} {function}", probe.event));
-            let event = format!("{group}/{}", probe.event);
-            match defined.map_err(Into::into).and_then(|()| {
-                self.probes.push(event.clone());
-                self.set(&format!("events/{event}/enable"), "1")
-            }) {
+            match self.probed(&probes, &format!("{group}/{}", probe.event), function) {
                 Ok(()) => return,
                 Err(error) => why = format!("{error:#}"),
             }
         }
         self.missing.push(format!("{} (a probe of {}: {why})", probe.event, probe.functions.join(" or ")));
+    }
+
+    fn probed(&mut self, probes: &Path, event: &str, function: &str) -> Result<()> {
+        let enable = format!("events/{event}/enable");
+        // It cannot be undefined while it is on.
+        self.undo.by_appending(probes, &format!("-:{event}"))?;
+        self.undo.by_setting(&self.instance.join(&enable), "0")?;
+        // One line defines one event; what is there stays.
+        append(probes, &format!("p:{event} {function}"))?;
+        self.set(&enable, "1")
     }
 
     /// Events that this kernel does not have, or does not allow.
@@ -138,17 +146,6 @@ impl Tracing {
             lost += overrun;
         }
         Ok((all, lost))
-    }
-}
-
-impl Drop for Tracing {
-    fn drop(&mut self) {
-        // An instance in use stays; whoever uses it has the next word.
-        let _ = self.off();
-        let _ = fs::remove_dir(&self.instance);
-        for probe in &self.probes {
-            let _ = append(&self.root.join("kprobe_events"), &format!("-:{probe}"));
-        }
     }
 }
 
