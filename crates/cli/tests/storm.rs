@@ -174,13 +174,13 @@ fn a_zap_that_yields_to_doomed_faults_flushes_over_and_over() {
     for _ in 0..ATTEMPTS {
         let options = ["--scenario", "A", "--memory", "8M", "--vcpus", "2", "--duration", "50ms"];
         let cells = storm(&[&options[..], &["--no-baseline", "--precheck", "off"]].concat());
-        most = most.max(number(&cells[0], "/flushes_per_invalidation"));
-        if most > 3.0 {
-            assert!(number(&cells[0], "/doomed_lock_acquisitions") > 0.0);
+        let flushes = number(&cells[0], "/flushes_per_invalidation");
+        if flushes > 3.0 && number(&cells[0], "/doomed_lock_acquisitions") > 0.0 {
             return;
         }
+        most = most.max(flushes);
     }
-    panic!("never more than {most} flushes for each invalidation");
+    panic!("never more than {most} flushes for each invalidation, or never for a doomed fault");
 }
 
 #[test]

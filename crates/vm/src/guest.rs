@@ -22,7 +22,7 @@ use crate::system::SystemMemory;
 use crate::windows::Windows;
 
 /// How long [`Guest::stop`] waits for vCPUs to see the stop flag before it kicks them.
-pub const STOP_GRACE: Duration = Duration::from_secs(2);
+pub const STOP_GRACE: Duration = Duration::from_secs(5);
 /// How long it then waits for those that it kicked.
 pub const KICK_GRACE: Duration = Duration::from_secs(3);
 const KICK_EVERY: Duration = Duration::from_millis(10);

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use absent::{Absent, UFFD_FEATURE_POISON, UFFD_FEATURE_SIGBUS};
 use afterimage_mmu::Gfn;
-use afterimage_vm::{GuestKind, KICK_GRACE, VcpuEnd};
+use afterimage_vm::{GuestKind, VcpuEnd};
 use plain::{PATIENCE, kinds, until};
 
 #[test]
@@ -21,7 +21,7 @@ fn a_vcpu_that_waits_for_a_page_can_be_stopped() {
         assert_eq!(guest.failure(), None);
         let begin = Instant::now();
         let report = guest.stop_within(Duration::from_millis(20)).expect("an orderly stop");
-        assert!(begin.elapsed() < KICK_GRACE, "{:?}", begin.elapsed());
+        assert!(begin.elapsed() < PATIENCE, "{:?}", begin.elapsed());
         assert_eq!(report.vcpus[0].end, VcpuEnd::Kicked { gfn: Gfn::new(10) });
         assert_eq!((report.counters().accesses, report.counters().wrong), (10, 0));
         println!("{kind}: {}", report.failure().expect("a failure"));
@@ -39,7 +39,8 @@ fn only_the_vcpu_that_waits_is_kicked() {
         until("vCPU 1 comes to the missing page", || guest.vcpu_counters(1).accesses == 8);
         let before = guest.vcpu_counters(0).accesses;
         until("vCPU 0 goes on", || guest.vcpu_counters(0).accesses > before + 1000);
-        let report = guest.stop_within(Duration::from_secs(1)).expect("an orderly stop");
+        // Long enough for vCPU 0 on any machine; vCPU 1 never comes.
+        let report = guest.stop_within(Duration::from_secs(5)).expect("an orderly stop");
         assert_eq!(report.vcpus[0].end, VcpuEnd::Stopped);
         assert_eq!(report.vcpus[1].end, VcpuEnd::Kicked { gfn: Gfn::new(40) });
     }

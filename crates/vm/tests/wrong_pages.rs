@@ -14,23 +14,32 @@ const LAST: usize = WORD_OFFSETS[2];
 
 /// Runs a guest that has written no page yet but looks at all, lets `break_it` loose on its memory, and returns what the
 /// guest finds: one thing only.
-fn found(kind: GuestKind, write_share: f64, break_it: impl FnOnce(&Plain)) -> WrongPage {
+fn found(kind: GuestKind, write_share: f64, break_it: impl Fn(&Plain)) -> WrongPage {
     let pages = all_found(kind, write_share, break_it);
     assert_eq!(pages.len(), 1, "{kind}: {pages:#?}");
     pages[0]
 }
 
-fn all_found(kind: GuestKind, write_share: f64, break_it: impl FnOnce(&Plain)) -> Vec<WrongPage> {
+fn all_found(kind: GuestKind, write_share: f64, break_it: impl Fn(&Plain)) -> Vec<WrongPage> {
     let plain = Plain::new(1 << 20);
     let spec = GuestSpec { vcpus: 2, write_share, tag_check: true, ..spec(kind, &plain) };
     let guest = start(GuestSpec { workload: Workload::Stamp { locality: None }, ..spec }, &plain);
     let all_beyond = |accesses| (0..2).all(|vcpu| guest.vcpu_counters(vcpu).accesses > accesses);
     until("every page was looked at, very likely", || all_beyond(20 * plain.frames()));
     assert_eq!(guest.counters().wrong, 0);
-    break_it(&plain);
-    until("the break is found", || guest.counters().wrong > 0);
+    let most_accesses = || (0..2).map(|vcpu| guest.vcpu_counters(vcpu).accesses).max().expect("two vCPUs");
+    // A guest that is just about to write the page writes over the break: then there is another.
+    for _ in 0..20 {
+        break_it(&plain);
+        let accesses = most_accesses();
+        let looked_past = || write_share > 0.0 && all_beyond(accesses + 20 * plain.frames());
+        until("the break is found", || guest.counters().wrong > 0 || looked_past());
+        if guest.counters().wrong > 0 {
+            break;
+        }
+    }
     // The guest goes on with what it found, and finds nothing else.
-    let accesses = (0..2).map(|vcpu| guest.vcpu_counters(vcpu).accesses).max().expect("two vCPUs");
+    let accesses = most_accesses();
     until("some more is looked at", || all_beyond(accesses + 20 * plain.frames()));
     let report = guest.stop().expect("an orderly stop");
     let pages: Vec<WrongPage> = report.wrong_pages().copied().collect();
@@ -68,9 +77,15 @@ fn a_torn_page_is_found() {
 fn a_page_lost_without_a_request_is_found() {
     for kind in kinds() {
         let page = found(kind, 1.0, |plain| plain.drop_pages(GfnRange::frame(VICTIM)));
-        assert_eq!((page.gfn, page.kind, page.found), (VICTIM, WrongKind::First, 0));
-        assert_eq!(page.expected & 0xffff_ffff, VICTIM.as_u64(), "the last stamp");
-        assert_eq!(page.diagnosis(), "its content has been lost");
+        assert_eq!(page.gfn, VICTIM);
+        if page.words == [0; 3] {
+            assert_eq!((page.kind, page.found), (WrongKind::First, 0));
+            assert_eq!(page.expected & 0xffff_ffff, VICTIM.as_u64(), "the last stamp");
+            assert_eq!(page.diagnosis(), "its content has been lost");
+        } else {
+            // It went between two words that the guest read or wrote.
+            assert!(page.words.contains(&0), "{page}");
+        }
     }
 }
 

@@ -42,7 +42,7 @@ fn the_budget_holds_whoever_faults() {
                     Touch::spawn(&machine.mapping, move |mapping| {
                         let mut random = Random::new(guest);
                         let mut expected: Vec<_> = (0..PAGES).map(stamp).collect();
-                        for count in 0..3_000 {
+                        for count in 0..1_500 {
                             let page = random.below(PAGES / 4) * 4 + guest;
                             let word = mapping.word(page * FRAME_BYTES).expect("inside");
                             assert_eq!(word.load(Relaxed), expected[page as usize], "page {page}");

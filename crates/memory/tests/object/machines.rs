@@ -77,7 +77,7 @@ fn hammer(mapping: &Arc<Mapping>, guest: u64, guests: u64, stop: &Arc<AtomicBool
         let mut random = Random::new(guest);
         let mut expected: Vec<_> = (0..pages).map(stamp).collect();
         let mut count = 0;
-        while !stop.load(Relaxed) {
+        loop {
             count += 1;
             let page = random.below(pages / guests) * guests + guest;
             let word = mapping.word(page * FRAME_BYTES).expect("inside");
@@ -86,8 +86,10 @@ fn hammer(mapping: &Arc<Mapping>, guest: u64, guests: u64, stop: &Arc<AtomicBool
                 expected[page as usize] = count;
                 word.store(count, Relaxed);
             }
+            if stop.load(Relaxed) {
+                return count;
+            }
         }
-        count
     })
 }
 
