@@ -9,6 +9,8 @@
 //! * the bit was set before it was taken: the frame is protected after that, and the next write faults;
 //! * it was set after that: the frame was not protected, and the bit is there for the next round.
 //!
+//! One that is zapped in between, by whoever gets `mmu_lock` while the collector gives way, is in both rounds.
+//!
 //! The other way round on either side a write is lost: a bit that is set first can be taken while the entry is still
 //! protected, and the exchange, which looks at the entry alone, makes it writable after that.
 //!
