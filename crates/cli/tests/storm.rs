@@ -48,11 +48,13 @@ fn every_scenario_ends_without_a_wrong_page() {
             Some("quiet") => (true, false),
             _ => (true, true),
         };
-        assert_eq!(number(cell, "/invalidations") > 0.0, has_invalidations, "{cell:#}");
-        // In a few milliseconds of a busy machine a vCPU may not have had a turn, but not in all of them.
+        // In a few milliseconds of a busy machine a thread may not have had a turn, but not in all of them.
+        assert!(has_invalidations || number(cell, "/invalidations") == 0.0, "{cell:#}");
         assert!(has_faults || number(cell, "/faults") == 0.0, "{cell:#}");
     }
-    assert!(cells.iter().map(|cell| number(cell, "/faults")).sum::<f64>() > 0.0);
+    for number_of in ["/invalidations", "/faults"] {
+        assert!(cells.iter().map(|cell| number(cell, number_of)).sum::<f64>() > 0.0);
+    }
 }
 
 #[test]
