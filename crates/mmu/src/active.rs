@@ -32,14 +32,16 @@ const SECOND_ONE: u32 = 1 << 17;
 /// Most events that one count holds.
 const MOST: u32 = (1 << 15) - 1;
 
-pub(crate) struct ActiveEvents<P> {
+pub(crate) struct ActiveEvents<P: Platform> {
     word: AtomicU32,
     platform: PhantomData<fn() -> P>,
 }
 
-/// An event that has started: which count it is in.
-#[must_use = "an event that started must end"]
-pub(crate) struct Event {
+/// An event that has started. It ends when this is dropped.
+#[must_use = "an event that is dropped at once protects nothing"]
+pub(crate) struct Event<'a, P: Platform> {
+    events: &'a ActiveEvents<P>,
+    /// Which count it is in.
     one: u32,
 }
 
@@ -53,13 +55,23 @@ fn count(word: u32, one: u32) -> u32 {
     (word / one) & MOST
 }
 
+impl<P: Platform> Drop for Event<'_, P> {
+    fn drop(&mut self) {
+        let before = self.events.word.fetch_sub(self.one, Ordering::Release);
+        let is_awaited = matches!(count(before, self.one), 1 | MOST) && before & PARKED != 0;
+        if is_awaited && !mutation::active(Mutation::EventWithoutWake) {
+            P::wake_all(&self.events.word);
+        }
+    }
+}
+
 impl<P: Platform> ActiveEvents<P> {
     pub(crate) fn new() -> Self {
         Self { word: AtomicU32::new(0), platform: PhantomData }
     }
 
     /// An event starts: from here to its end no slot set goes that it can find.
-    pub(crate) fn start(&self) -> Event {
+    pub(crate) fn start(&self) -> Event<'_, P> {
         let mut seen = self.word.load(Ordering::Relaxed);
         loop {
             let one = one_of(seen);
@@ -68,18 +80,9 @@ impl<P: Platform> ActiveEvents<P> {
                 continue;
             }
             match self.word.compare_exchange_weak(seen, seen + one, Ordering::Acquire, Ordering::Relaxed) {
-                Ok(_) => return Event { one },
+                Ok(_) => return Event { events: self, one },
                 Err(now) => seen = now,
             }
-        }
-    }
-
-    /// An event ends.
-    pub(crate) fn end(&self, event: &Event) {
-        let before = self.word.fetch_sub(event.one, Ordering::Release);
-        let is_awaited = matches!(count(before, event.one), 1 | MOST) && before & PARKED != 0;
-        if is_awaited && !mutation::active(Mutation::EventWithoutWake) {
-            P::wake_all(&self.word);
         }
     }
 

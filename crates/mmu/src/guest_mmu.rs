@@ -9,6 +9,7 @@ use crate::active::ActiveEvents;
 use crate::addr::{Gfn, GfnRange};
 use crate::block::Block;
 use crate::dirty_ring::DirtyRing;
+use crate::flush::Flush;
 use crate::host::{Blocking, SecondaryMmu};
 use crate::intent::Barrier;
 use crate::invalidation::{Invalidations, SequenceScope};
@@ -110,6 +111,8 @@ pub struct GuestMmu<S: SecondaryMmu> {
     /// Bumped by every end, for those who wait for one. Bit 0: someone does.
     ended: CachePadded<ParkWord>,
     released: AtomicU32,
+    /// Whether a walk ended in a panic with a flush owed. Under `mmu_lock`, so not the engine's own atomics: no part of any protocol.
+    owes_flush: core::sync::atomic::AtomicBool,
     /// The rings of the vCPUs that have one.
     pub(crate) rings: Shared<S::Platform, Vec<Arc<DirtyRing>>>,
     /// Counts of vCPUs that are gone.
@@ -146,6 +149,7 @@ impl<S: SecondaryMmu> GuestMmu<S> {
             updates: Shared::new(()),
             ended: CachePadded(ParkWord::new(0)),
             released: AtomicU32::new(0),
+            owes_flush: core::sync::atomic::AtomicBool::new(false),
             rings: Shared::new(Vec::new()),
             retired: Shared::new(FaultStats::default()),
         }
@@ -243,6 +247,22 @@ impl<S: SecondaryMmu> GuestMmu<S> {
         let waited = S::Platform::now_ns().saturating_sub(started);
         self.counters.lock_wait_ns.fetch_add(waited, Ordering::Relaxed);
         guard
+    }
+
+    /// What is owed since a walk ended in a panic. The caller holds `mmu_lock` for write.
+    pub(crate) fn take_over_flush(&self) -> Flush {
+        let owes = self.owes_flush.load(core::sync::atomic::Ordering::Relaxed);
+        if owes && !mutation::active(Mutation::PanicForgetsFlush) {
+            self.owes_flush.store(false, core::sync::atomic::Ordering::Relaxed);
+            return Flush::EVERYTHING;
+        }
+        Flush::NOTHING
+    }
+
+    /// Leaves a flush to whoever holds `mmu_lock` for write next.
+    #[cold]
+    pub(crate) fn leave_flush(&self) {
+        self.owes_flush.store(true, core::sync::atomic::Ordering::Relaxed);
     }
 
     /// The address space is gone: drops every translation and refuses all further faults, those that are under way too.

@@ -115,6 +115,8 @@ pub enum Mutation {
     GiveBackWithoutWake,
     /// A claim is given back without the barrier before the look for who waits.
     GiveBackWithoutFence,
+    /// A walk that ends in a panic takes the flush that it owes with it.
+    PanicForgetsFlush,
     /// A table is freed without waiting for those who walk.
     FreeWithoutQuiescence,
     /// A table is freed without the flush before (rule F3).

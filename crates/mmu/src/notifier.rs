@@ -38,10 +38,11 @@ use crate::zap::ZapWalk;
 #[must_use = "the invalidation ends at once"]
 pub struct Invalidation<'m, S: SecondaryMmu> {
     mmu: &'m GuestMmu<S>,
-    event: Event,
     /// `None` if the range touched no slot.
     begun: Option<Begun>,
     started_ns: u64,
+    /// Ends last: whoever sees no active event sees the sequence bumped.
+    _event: Event<'m, S::Platform>,
 }
 
 impl<S: SecondaryMmu> fmt::Debug for Invalidation<'_, S> {
@@ -62,18 +63,20 @@ impl<S: SecondaryMmu> GuestMmu<S> {
     pub fn invalidate(&self, hvas: HvaRange, zap: Zap, blocking: Blocking) -> Invalidation<'_, S> {
         let started_ns = S::Platform::now_ns();
         self.counters.events.fetch_add(1, Ordering::Relaxed);
-        let event = self.active.start();
+        // Whole from here on: it ends what it began also if a host's function panics.
+        let mut invalidation =
+            Invalidation { mmu: self, begun: None, started_ns, _event: self.active.start() };
         let slots = if mutation::active(Mutation::FirstSlotOnly) { 1 } else { usize::MAX };
         let sets = self.event_sets();
         let ranges = || sets.into_iter().flatten().flat_map(|set| set.touching(hvas)).take(slots);
         let takes = |block| ranges().any(|(_, gfns)| gfns.overlaps(block));
-        let mut begun = None;
         if let Some(hull) = ranges().map(|(_, gfns)| gfns).reduce(GfnRange::hull) {
             if self.policy().turns.is_some() && blocking == Blocking::Allowed {
                 self.give_turns(takes);
             }
             let mut guard = self.write_timed();
-            begun = Some(guard.begin(ranges().map(|(_, gfns)| gfns)).expect("events are fewer than that"));
+            let begun = guard.begin(ranges().map(|(_, gfns)| gfns)).expect("events are fewer than that");
+            invalidation.begun = Some(begun);
             if self.policy().witness == WitnessKind::Intent {
                 drop(guard);
                 self.drain(hull, takes);
@@ -88,7 +91,7 @@ impl<S: SecondaryMmu> GuestMmu<S> {
             }
             walk.finish();
         }
-        Invalidation { mmu: self, event, begun, started_ns }
+        invalidation
     }
 
     /// Lets those go first who starve on frames that `taken` names, unless an active invalidation holds them back anyway.
@@ -112,8 +115,8 @@ impl<S: SecondaryMmu> GuestMmu<S> {
 
     /// Looks at, or takes away, the marks of past accesses of `hvas`. Advisory.
     pub fn age(&self, hvas: HvaRange, age: Age) -> Young {
-        let event = self.active.start();
-        let young = match self.vcpus.visit() {
+        let _event = self.active.start();
+        match self.vcpus.visit() {
             Some(visit) => {
                 let machine = self.invalidations().machine();
                 let mut walker = Walker::<S::Platform>::new(visit.word(), machine);
@@ -122,9 +125,7 @@ impl<S: SecondaryMmu> GuestMmu<S> {
             }
             // As many age at the same time as there are words for: the lock does as well.
             None => self.age_with(hvas, age, self.lock.read().walking()),
-        };
-        self.active.end(&event);
-        young
+        }
     }
 
     fn age_with(&self, hvas: HvaRange, age: Age, walking: Walking<'_>) -> Young {
@@ -153,8 +154,6 @@ impl<S: SecondaryMmu> Drop for Invalidation<'_, S> {
             let ns = S::Platform::now_ns().saturating_sub(self.started_ns);
             self.mmu.counters.finished(ns);
         }
-        // Only now: whoever sees no active event sees the sequence bumped.
-        self.mmu.active.end(&self.event);
     }
 }
 

@@ -140,7 +140,7 @@ impl<'m, S: SecondaryMmu> ZapWalk<'m, S> {
             Blocking::Forbidden if mutation::active(Mutation::NonBlockableYields) => mmu.policy().yielding,
             Blocking::Forbidden => YieldPolicy::Never,
         };
-        let (unflushed, retired) = (Flush::NOTHING, Retired::none());
+        let (unflushed, retired) = (mmu.take_over_flush(), Retired::none());
         Self { mmu, guard, blocking, yielding, unflushed, uncounted: 0, retired, reason: Reason::Own }
     }
 
@@ -220,12 +220,13 @@ impl<'m, S: SecondaryMmu> ZapWalk<'m, S> {
 
     /// Flushes (rule F1), gives up the lock, and frees what was unlinked.
     pub(crate) fn finish(mut self) {
-        if !mutation::active(Mutation::BeginWithoutFlush) {
-            self.parts().1.flush();
+        if mutation::active(Mutation::BeginWithoutFlush) {
+            self.unflushed = Flush::NOTHING;
         }
+        self.parts().1.flush();
         self.count();
-        let Self { mmu, guard, retired, .. } = self;
-        drop(guard);
+        let (mmu, retired) = (self.mmu, mem::replace(&mut self.retired, Retired::none()));
+        drop(self);
         free(mmu, retired);
     }
 
@@ -233,6 +234,15 @@ impl<'m, S: SecondaryMmu> ZapWalk<'m, S> {
         let frames = mem::take(&mut self.uncounted);
         if frames > 0 {
             self.mmu.counters.zapped_frames.fetch_add(frames, Ordering::Relaxed);
+        }
+    }
+}
+
+impl<S: SecondaryMmu> Drop for ZapWalk<'_, S> {
+    /// A host's function that panics leaves a flush owed: whoever holds the lock next pays.
+    fn drop(&mut self) {
+        if !self.unflushed.is_nothing() {
+            self.mmu.leave_flush();
         }
     }
 }
@@ -352,12 +362,12 @@ impl<'w, S: SecondaryMmu> Steps<'w, '_, S> {
 
     /// Pays what is owed, and says whether anything was. The lock is still held.
     fn flush(&mut self) -> bool {
-        let owed = mem::replace(self.unflushed, Flush::NOTHING);
-        if owed.is_nothing() {
+        if self.unflushed.is_nothing() {
             return false;
         }
         self.mmu.counters.flushes.fetch_add(1, Ordering::Relaxed);
-        self.mmu.secondary().flush(owed, &self.mmu.vcpus);
+        self.mmu.secondary().flush(*self.unflushed, &self.mmu.vcpus);
+        *self.unflushed = Flush::NOTHING;
         true
     }
 }

@@ -72,6 +72,7 @@ tests! {
         without_translations_nothing_is_flushed,
         a_range_without_slots_takes_no_lock,
         every_slot_over_the_range_is_zapped,
+        a_panic_in_a_zap_leaves_only_its_flush,
         a_part_of_a_page_is_the_whole_page,
         the_hull_grows_and_lasts_until_the_last_end,
         frames_between_exact_ranges_are_free,

@@ -45,7 +45,7 @@ impl Slots {
         look();
         inside();
         look();
-        self.active.end(&event);
+        drop(event);
     }
 
     fn swap(&self, next: usize) {

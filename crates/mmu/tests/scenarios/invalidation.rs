@@ -1,6 +1,8 @@
 //! What is true when an invalidation has begun, and until it ends.
 
 use core::cell::Cell;
+use core::sync::atomic::{AtomicU64, Ordering};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -79,6 +81,33 @@ pub(crate) fn every_slot_over_the_range_is_zapped() {
         assert_eq!(guest.retry_point(gfn), RetryPoint::BeforeFaultIn);
     }
     drop(invalidation);
+}
+
+/// A host's function panics within a begin: what was begun is ended, and who takes the same frames next flushes.
+pub(crate) fn a_panic_in_a_zap_leaves_only_its_flush() {
+    for (point, nth) in [(Point::Zap, 2), (Point::Flush, 1)] {
+        let machine = Machine::new(both());
+        let mut guest = machine.guest();
+        guest.read_all(2..6);
+        let times = AtomicU64::new(0);
+        machine.mmu.secondary().hooks.each(point, move || {
+            assert_ne!(times.fetch_add(1, Ordering::Relaxed) + 1, nth, "deliberately, in a callback");
+        });
+        catch_unwind(AssertUnwindSafe(|| drop(machine.invalidate(2, 6)))).expect_err("it panicked");
+        machine.mmu.secondary().hooks.clear();
+        assert!(!machine.mmu.is_locked());
+        assert_eq!(machine.mmu.invalidations().in_progress(), 0);
+        machine.mmu.create_slot(machine.slot(1, 100, 4, 100)).expect("no event holds it up");
+        let flushes = || machine.mmu.invalidation_stats().flushes;
+        assert_eq!(machine.entry(2), Entry::Absent);
+        let before = flushes();
+        drop(machine.invalidate(2, 3));
+        assert_eq!(flushes(), before + 1, "a vCPU may still have what was zapped");
+        drop(machine.invalidate(2, 3));
+        assert_eq!(flushes(), before + 1, "once");
+        guest.read(2, 2);
+        machine.assert_balanced();
+    }
 }
 
 pub(crate) fn a_part_of_a_page_is_the_whole_page() {
