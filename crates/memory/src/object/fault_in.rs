@@ -10,8 +10,8 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, PoisonError};
 
 use afterimage_mmu::{
-    FRAME_BYTES, Fault, FaultInError, Found, Hva, Memslot, PageRef, PageSize, PageUse, Patience, Pfn,
-    PfnRange, PrimaryMmu, Snapshot,
+    FRAME_BYTES, Fault, FaultInError, FaultKind, Found, Hva, Memslot, PageRef, PageSize, PageUse, Patience,
+    Pfn, PfnRange, PrimaryMmu, Snapshot,
     mutation::{self, Mutation},
 };
 use afterimage_uffd::{Place, VmaPage};
@@ -162,7 +162,7 @@ impl PrimaryMmu for MemoryView {
         let Some(frame) = self.frame_at(hva) else {
             return Err(failed(MemoryError::NotMapped { hva, base: self.base, bytes: self.object.bytes() }));
         };
-        self.object.fault_in(frame, fault.found, patience)
+        self.object.fault_in(frame, fault, patience)
     }
 }
 
@@ -170,13 +170,13 @@ impl MemoryObject {
     fn fault_in(
         self: &Arc<Self>,
         frame: Pfn,
-        found: Found,
+        fault: &Fault,
         patience: Patience,
     ) -> Result<ObjectPage, FaultInError<PageError>> {
         let index = self.index(frame);
         let word = &self.pages[index];
         // In a pool a translation that the guest met says nothing about where the page is by now.
-        if word.touch_resident() || found == Found::Present && self.pool().is_none() {
+        if word.touch_resident() || fault.found == Found::Present && self.pool().is_none() {
             return Ok(self.held_page(frame, self.resident_page()));
         }
         if patience == Patience::NoWait && self.may_wait(word.peek()) {
@@ -184,8 +184,9 @@ impl MemoryObject {
         }
         loop {
             match self.bring(index, patience) {
-                // The system has run out of memory, or of huge pages, before the budget has.
-                Err(FaultInError::NoMemory) if self.make_room()?.frames > 0 => {}
+                // The system has run out of memory, or of huge pages, before the budget has. Nothing goes for what nobody waits for.
+                Err(FaultInError::NoMemory)
+                    if fault.kind == FaultKind::Demand && self.make_room()?.frames > 0 => {}
                 brought => return brought.map(|held| self.held_page(frame, held)),
             }
         }

@@ -3,6 +3,7 @@
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
+use afterimage_memory::Kind;
 use afterimage_mmu::{FaultError, PageSize};
 use afterimage_testing::HugePages;
 use afterimage_uffd::{Backing, Mapping, ServeOptions};
@@ -41,15 +42,43 @@ fn a_fault_that_never_gets_memory_ends_in_poison() {
     }
 }
 
+/// What nobody waits for takes free pages only.
+#[test]
+fn populating_ends_with_the_pool_of_huge_pages() {
+    const FREE: u64 = 8;
+    let Some(pool) = HugePages::claim("populate a small pool", FREE) else { return };
+    let _rest = all_but(&pool, FREE);
+    let source = Stamps::new((FREE + 4) * 512);
+    let setup = Setup {
+        page_size: PageSize::Size2M,
+        batch: 2,
+        ..Setup::new("populate a small pool", Backing::Shared, FREE + 4).source(&source)
+    };
+    let Some(machine) = setup.start() else { return };
+    let mut vcpu = machine.mmu.vcpu();
+    let brought = machine.view.view.populate(&mut vcpu, machine.all()).expect("as far as it goes");
+    drop(vcpu);
+    assert_eq!(machine.stats().of(Kind::Evict).count, 0, "nothing went for it");
+    assert!((1..=FREE).contains(&(brought.frames / 512)), "{brought:?}");
+    for page in 0..FREE + 4 {
+        assert_eq!(machine.read(page), stamp(page * 512));
+    }
+    machine.stop_clean();
+}
+
+/// A mapping that nobody touches has all free pages of the pool but `free`.
+fn all_but(pool: &HugePages, free: u64) -> Option<Mapping> {
+    let rest = pool.free().saturating_sub(free) * PageSize::Size2M.bytes();
+    (rest > 0).then(|| Mapping::anonymous(rest, PageSize::Size2M).expect("free pages"))
+}
+
 /// More pages than there are huge pages, and a budget that allows them all: room is made by eviction.
 #[test]
 fn memory_larger_than_the_pool_of_huge_pages_works() {
     const FRAMES: u64 = 512;
     const FREE: u64 = 8;
     let Some(pool) = HugePages::claim("a small pool", FREE) else { return };
-    // A mapping that nobody touches has the rest of the pool.
-    let rest = pool.free().saturating_sub(FREE) * PageSize::Size2M.bytes();
-    let _rest = (rest > 0).then(|| Mapping::anonymous(rest, PageSize::Size2M).expect("free pages"));
+    let _rest = all_but(&pool, FREE);
     let pages = FREE + 4;
     let source = Stamps::new(pages * FRAMES);
     let setup = Setup {
