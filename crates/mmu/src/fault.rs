@@ -6,7 +6,7 @@
 //! | 2 | reserved-bit fault: cached MMIO entry of this generation? | `Emulate`, `Retry(LostRace)` |
 //! | 3 | find the slot | |
 //! | 4 | write-tracked frame | `WriteProtected` |
-//! | 5 | fast path: permissions of a present entry, by compare-exchange; then the dirty log | `FixedFast`, `Spurious`, `DirtyRingFull` |
+//! | 5 | fast path, if it is private or shared as asked: permissions of a present entry, by compare-exchange; then the dirty log | `FixedFast`, `Spurious`, `DirtyRingFull` |
 //! | 6 | top up the vCPU's cache: nothing allocates under the lock | `NoMemory` |
 //! | 7 | **snapshot** the sequence, before anything that can go stale | |
 //! | 8 | private or shared, as asked? | `WrongPrivacy` |
@@ -152,7 +152,7 @@ impl<'a, S: SecondaryMmu> Path<'a, S> {
             if mutation::active(Mutation::MarkBeforeInstall) {
                 self.log(slots, slot);
             }
-            match secondary.fast_fault(slot, fault, &mut self.walker()) {
+            match self.fast_fault(primary, slot) {
                 FastFault::Fixed => {
                     let unlogged = mutation::active(Mutation::FastFaultUnlogged);
                     if !unlogged && !mutation::active(Mutation::MarkBeforeInstall) {
@@ -217,6 +217,20 @@ impl<'a, S: SecondaryMmu> Path<'a, S> {
 
         let install = Install::<S> { page, witness: self.witness(block) };
         self.install::<M>(install, slots, slot, since, cache)
+    }
+
+    /// Not for what is to be refused: a translation of shared memory is no answer to a private access. A glance is enough: a
+    /// conversion takes the translation away.
+    #[inline]
+    fn fast_fault<M>(&self, primary: &M, slot: &Memslot) -> FastFault
+    where
+        M: PrimaryMmu<Page = S::Page>,
+    {
+        let ignored = mutation::active(Mutation::FastFaultIgnoresPrivacy);
+        if !ignored && primary.privacy(self.fault.gfn) != self.fault.privacy {
+            return FastFault::NotApplicable;
+        }
+        self.mmu.secondary().fast_fault(slot, self.fault, &mut self.walker())
     }
 
     fn is_logged(&self, slot: &Memslot) -> bool {

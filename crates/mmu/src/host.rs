@@ -178,7 +178,8 @@ pub trait PrimaryMmu {
         patience: Patience,
     ) -> Result<Self::Page, FaultInError<Self::Error>>;
 
-    /// Which memory `gfn` currently is (KVM's memory attributes). Read after the snapshot.
+    /// Which memory `gfn` currently is (KVM's memory attributes). Read after the snapshot; and before, for
+    /// the fast path, without a lock.
     fn privacy(&self, _gfn: Gfn) -> Privacy {
         Privacy::Shared
     }

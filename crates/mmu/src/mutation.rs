@@ -141,6 +141,8 @@ pub enum Mutation {
     MarkBeforeInstall,
     /// The fast path makes an entry writable and says nothing to the dirty log.
     FastFaultUnlogged,
+    /// The fast path does not ask whether the frame is private or shared.
+    FastFaultIgnoresPrivacy,
     /// A zap gives the lock up without logging the written frames that it has come by.
     WrittenForgotten,
     /// The primary MMU discards pages without an invalidation.

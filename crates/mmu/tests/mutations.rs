@@ -135,6 +135,8 @@ rules! {
         turns::a_turn_lasts_until_the_guest_has_made_its_access;
     a_claim_that_was_served_goes: TriedClaimStays is noticed by
         turns::a_claim_that_another_has_served_is_given_back;
+    a_fast_fault_is_of_the_memory_asked_for: FastFaultIgnoresPrivacy is noticed by
+        fault::a_shared_translation_is_no_answer_to_a_private_access;
     guests_notice_an_unchecked_install: VerifyAlwaysFresh is noticed in
         stress::nor_where_nothing_is_checked_without_the_lock;
     guests_notice_a_forgotten_frame: ZapForgetsLastFrame is noticed in

@@ -38,6 +38,7 @@ tests! {
         without_memory_for_caches_nothing_is_taken,
         a_tracked_frame_can_be_read_and_not_written,
         private_memory_is_not_shared_memory,
+        a_shared_translation_is_no_answer_to_a_private_access,
         an_attribute_that_changes_after_it_was_read_is_noticed,
         read_only_memory_emulates_writes,
         each_failure_of_the_page_has_its_outcome,

@@ -1,6 +1,7 @@
 //! Every step and outcome of the fault path but the retries of the sequence, which are in `precheck.rs`.
 
 use core::sync::atomic::Ordering;
+use std::sync::Arc;
 
 use afterimage_mmu::{
     Access, Blocking, Emulate, Fault, FaultError, FaultInError, FaultKind, FaultOutcome, Found, Gfn, Memslot,
@@ -111,12 +112,26 @@ pub(crate) fn private_memory_is_not_shared_memory() {
     assert_eq!(guest.serve(&outside), wrong, "private memory of no slot");
 }
 
+pub(crate) fn a_shared_translation_is_no_answer_to_a_private_access() {
+    let machine = Machine::new(both());
+    let mut guest = machine.guest();
+    assert_eq!(guest.fault(3, Access::READ), Ok(FaultOutcome::Fixed));
+    let wrong = Err(FaultError::WrongPrivacy { gfn: Gfn::new(3), accessed: Privacy::Private });
+    for access in [Access::READ, Access::WRITE] {
+        let found = Fault { found: Found::Present, ..Fault::new(Gfn::new(3), access) };
+        assert_eq!(guest.serve(&Fault { privacy: Privacy::Private, ..found }), wrong);
+        assert_eq!(guest.serve(&found), Ok(FaultOutcome::Spurious), "the translation is good for others");
+    }
+}
+
 pub(crate) fn an_attribute_that_changes_after_it_was_read_is_noticed() {
     let machine = Machine::new(both());
     let mut guest = machine.guest();
     let other = machine.share();
     // The attribute is read after the snapshot: the conversion, an invalidation, ends after it.
-    machine.frames.hooks.once(Point::Privacy, move || drop(other.invalidate(3, 4)));
+    let frames = Arc::clone(&machine.frames);
+    let convert = move || drop(other.invalidate(3, 4));
+    machine.mmu.secondary().hooks.once(Point::TopUp, move || frames.hooks.once(Point::Privacy, convert));
     assert_eq!(guest.retry_point(3), RetryPoint::BeforeFaultIn);
 }
 

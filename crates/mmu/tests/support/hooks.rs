@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 pub(crate) enum Point {
     /// The vCPU's cache is being topped up: the slot is known, the sequence not yet sampled.
     TopUp,
-    /// The memory attribute is being read: the sequence was just sampled.
+    /// The memory attribute is being read: for the fast path, or behind `TopUp`, when the sequence was just sampled.
     Privacy,
     /// The primary MMU is asked for the page.
     FaultIn,
