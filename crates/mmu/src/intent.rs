@@ -37,7 +37,7 @@
 //! # Two barriers
 //!
 //! The vCPU's side is the hot one. With [`Barrier::Heavy`] it is free of fences: the other side makes every CPU execute
-//! one ([`Platform::heavy_barrier`]). With [`Barrier::Symmetric`] each side has its own. To be woken, a waiter that
+//! one ([`Platform::HEAVY_BARRIER`]). With [`Barrier::Symmetric`] each side has its own. To be woken, a waiter that
 //! is about to park sets a mark and has a look of its own, by the heavy barrier wherever there is one.
 //!
 //! Source: the architecture of hazard pointers and of `membarrier(2)`; Linux has no counterpart in KVM.
@@ -62,7 +62,7 @@ use crate::vcpu_words::VcpuShared;
 pub enum Barrier {
     /// Both sides execute a fence. Where faults are dear, or invalidations many.
     Symmetric,
-    /// The vCPU executes none, the other side one for all CPUs: [`Platform::heavy_barrier`]. Where faults are many.
+    /// The vCPU executes none, the other side one for all CPUs: [`Platform::HEAVY_BARRIER`]. Where faults are many.
     /// A platform that has none gets `Symmetric` instead.
     Heavy,
 }
@@ -81,7 +81,7 @@ impl Barrier {
     pub(crate) fn heavy<P: Platform>(self) {
         match self {
             Self::Symmetric => fence(Ordering::SeqCst),
-            Self::Heavy => P::heavy_barrier(),
+            Self::Heavy => P::HEAVY_BARRIER.expect("it was chosen because it is there").everywhere(),
         }
     }
 }
@@ -98,7 +98,10 @@ pub(crate) struct Barriers {
 impl Barriers {
     /// What `P` has of what is `wanted`.
     pub(crate) fn of<P: Platform>(wanted: Barrier) -> Self {
-        let best = if P::register_heavy_barrier() { Barrier::Heavy } else { Barrier::Symmetric };
+        let best = match P::HEAVY_BARRIER {
+            Some(heavy) if heavy.is_ready() => Barrier::Heavy,
+            _ => Barrier::Symmetric,
+        };
         Self { announce: if wanted == best { wanted } else { Barrier::Symmetric }, park: best }
     }
 }

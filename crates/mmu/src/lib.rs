@@ -239,7 +239,7 @@ pub use lock::RawMmuLock;
 pub use mmu_lock::{MmuLock, MmuReadGuard, MmuWriteGuard, Witness};
 pub use notifier::Invalidation;
 pub use outcome::{Emulate, FaultError, FaultOutcome, Retry, RetryPoint};
-pub use platform::{Platform, Spin};
+pub use platform::{HeavyBarrier, Platform, Spin};
 pub use ranges::Coverage;
 pub use slots::{MAX_SPACES, Memslot, SlotError, SlotFlags, SlotId, SlotSet, SlotState, SpaceId};
 pub use snapshot::{Fresh, Snapshot, Stale};

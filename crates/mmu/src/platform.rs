@@ -4,7 +4,7 @@
 //! words and works in `no_std`. [`Spin`] needs nothing and is right for bare metal; a Linux host parks on
 //! futexes (in `afterimage-uffd`).
 
-use crate::sync::{Ordering, ParkWord, fence};
+use crate::sync::ParkWord;
 
 /// The services of the machine below. All functions may be called from any thread.
 pub trait Platform: Send + Sync + 'static {
@@ -13,6 +13,9 @@ pub trait Platform: Send + Sync + 'static {
 
     /// Whether [`wait`](Self::wait) sleeps until it is woken. Where it does not, nobody need be woken.
     const PARKS: bool = true;
+
+    /// A barrier for all CPUs at once, if there is one: it spares faults a fence each.
+    const HEAVY_BARRIER: Option<HeavyBarrier> = None;
 
     /// Sleeps while `word` holds `expected`, until woken. May return early, for no reason. Must not sleep if the
     /// word differed from `expected` at any time after a waker changed it (futex semantics: the comparison and
@@ -30,17 +33,6 @@ pub trait Platform: Send + Sync + 'static {
     /// One turn of a short spin.
     fn relax();
 
-    /// Makes [`heavy_barrier`](Self::heavy_barrier) ready; `false` where there is none. May be called often.
-    fn register_heavy_barrier() -> bool {
-        false
-    }
-
-    /// A full memory barrier on every CPU that runs a thread of the virtual machine, this one included, before it returns
-    /// (Linux: `membarrier(2)`; bare metal: an IPI). Called only where it could be registered.
-    fn heavy_barrier() {
-        fence(Ordering::SeqCst);
-    }
-
     /// Whether the scheduler wants this CPU back (KVM: `need_resched`).
     fn resched_wanted() -> bool {
         false
@@ -53,6 +45,40 @@ pub trait Platform: Send + Sync + 'static {
 
     /// Monotonic time in nanoseconds; 0 for ever where there is no clock, and then no durations are counted.
     fn now_ns() -> u64;
+}
+
+/// A full memory barrier on every CPU that runs a thread of the virtual machine (Linux: `membarrier(2)`; bare metal: an IPI).
+#[derive(Clone, Copy, Debug)]
+pub struct HeavyBarrier {
+    ready: fn() -> bool,
+    everywhere: fn(),
+}
+
+// UNSAFETY: what vCPUs walk through is freed behind this barrier, and they have no fence of their own.
+#[expect(unsafe_code)]
+impl HeavyBarrier {
+    /// `ready` makes it ready, may be called often, and says `false` where it cannot be had; `everywhere` executes it.
+    ///
+    /// # Safety
+    ///
+    /// Once `ready` has said `true`, every CPU that runs a thread of the virtual machine, the caller's included, executes a full
+    /// memory barrier between the call of `everywhere` and its return; a thread that runs on none has executed one, or will before
+    /// it goes on.
+    pub const unsafe fn new(ready: fn() -> bool, everywhere: fn()) -> Self {
+        Self { ready, everywhere }
+    }
+}
+
+impl HeavyBarrier {
+    /// Whether it can be had.
+    pub fn is_ready(self) -> bool {
+        (self.ready)()
+    }
+
+    /// Executes it. Only where [`is_ready`](Self::is_ready) has said so.
+    pub fn everywhere(self) {
+        (self.everywhere)();
+    }
 }
 
 /// A platform that can only spin and has no clock: `no_std` without an operating system.
@@ -82,7 +108,8 @@ impl Platform for Spin {
 /// The platform of the loom tests: parks on one condition variable that all words share.
 #[cfg(all(loom, test))]
 pub(crate) mod model {
-    use super::{Ordering, ParkWord, Platform};
+    use super::{ParkWord, Platform};
+    use crate::sync::Ordering;
 
     loom::lazy_static! {
         static ref PARKED: (loom::sync::Mutex<()>, loom::sync::Condvar) =

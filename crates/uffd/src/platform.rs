@@ -2,7 +2,7 @@
 
 use std::sync::OnceLock;
 
-use afterimage_mmu::{ParkWord, Platform};
+use afterimage_mmu::{HeavyBarrier, ParkWord, Platform};
 use rustix::io::Errno;
 use rustix::thread::{MembarrierCommand, futex, membarrier, sched_yield};
 use rustix::time::{ClockId, Timespec, clock_gettime};
@@ -18,6 +18,8 @@ impl Platform for Linux {
     /// Some 20 µs: several times what holds the engine's lock, which is one ioctl, and less than a wake-up costs. An
     /// invalidation that sleeps on its way to the lock also lets faults through that it is about to make retry.
     const SPINS: u32 = 512;
+
+    const HEAVY_BARRIER: Option<HeavyBarrier> = Some(MEMBARRIER);
 
     fn wait(word: &ParkWord, expected: u32) {
         // Every error means "look again": the word has changed, or a signal came.
@@ -39,21 +41,6 @@ impl Platform for Linux {
         core::hint::spin_loop();
     }
 
-    /// `MEMBARRIER_CMD_PRIVATE_EXPEDITED` (Linux 4.14; a sandbox may forbid it).
-    fn register_heavy_barrier() -> bool {
-        static REGISTERED: OnceLock<bool> = OnceLock::new();
-        *REGISTERED.get_or_init(|| membarrier(MembarrierCommand::RegisterPrivateExpedited).is_ok())
-    }
-
-    /// # Panics
-    /// If the system call, which could be registered, is forbidden since: without it nothing here is safe.
-    fn heavy_barrier() {
-        while let Err(error) = membarrier(MembarrierCommand::PrivateExpedited) {
-            assert_eq!(error, Errno::NOMEM, "membarrier was registered, and fails");
-            sched_yield();
-        }
-    }
-
     fn reschedule() {
         sched_yield();
     }
@@ -61,6 +48,27 @@ impl Platform for Linux {
     fn now_ns() -> u64 {
         let now = clock_gettime(ClockId::Monotonic);
         now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+    }
+}
+
+/// `MEMBARRIER_CMD_PRIVATE_EXPEDITED` (Linux 4.14; a sandbox may forbid it).
+// UNSAFETY: the engine frees what it protects.
+#[expect(unsafe_code)]
+// SAFETY: the kernel promises a full barrier on every CPU that runs a thread of this process, and one at each switch to one,
+// before the call returns; a call that fails is made again, or panics.
+const MEMBARRIER: HeavyBarrier = unsafe { HeavyBarrier::new(may_use_membarrier, membarrier_everywhere) };
+
+fn may_use_membarrier() -> bool {
+    static REGISTERED: OnceLock<bool> = OnceLock::new();
+    *REGISTERED.get_or_init(|| membarrier(MembarrierCommand::RegisterPrivateExpedited).is_ok())
+}
+
+/// # Panics
+/// If the system call, which could be registered, is forbidden since: without it nothing here is safe.
+fn membarrier_everywhere() {
+    while let Err(error) = membarrier(MembarrierCommand::PrivateExpedited) {
+        assert_eq!(error, Errno::NOMEM, "membarrier was registered, and fails");
+        sched_yield();
     }
 }
 
@@ -96,7 +104,7 @@ mod tests {
     /// Two threads that each store and then look: with the barrier on one side alone, one of them sees the other.
     #[test]
     fn a_heavy_barrier_spares_the_other_side_its_fence() {
-        if !Linux::register_heavy_barrier() {
+        if !MEMBARRIER.is_ready() {
             eprintln!(
                 "SKIP: membarrier(2) is not to be had: a_heavy_barrier_spares_the_other_side_its_fence"
             );
@@ -127,7 +135,7 @@ mod tests {
             for round in 1..=ROUNDS {
                 meet(2 * round - 1);
                 heavy.store(round, Ordering::Release);
-                Linux::heavy_barrier();
+                MEMBARRIER.everywhere();
                 seen_light.store(light.load(Ordering::Relaxed), Ordering::Relaxed);
                 meet(2 * round);
                 let seen = [&seen_light, &seen_heavy].map(|word| word.load(Ordering::Relaxed));
