@@ -20,6 +20,7 @@
 //! Source: Linux `mn_active_invalidate_count`, `mn_memslots_update_rcuwait`, `kvm_swap_active_memslots`, where the swap waits until no
 //! event is active; the two counts are `srcu`'s.
 
+use crate::invalidation;
 use crate::mutation::{self, Mutation};
 use crate::platform::Platform;
 use crate::sync::{AtomicU32, Ordering};
@@ -28,9 +29,11 @@ use core::marker::PhantomData;
 const PARKED: u32 = 1;
 const SECOND: u32 = 2;
 const FIRST_ONE: u32 = 1 << 2;
-const SECOND_ONE: u32 = 1 << 17;
-/// Most events that one count holds.
-const MOST: u32 = (1 << 15) - 1;
+const SECOND_ONE: u32 = 1 << 16;
+/// Most events that one count holds: one more parks until another ends.
+const MOST: u32 = (1 << 14) - 1;
+// Each event is an invalidation at most, and between two turns both counts may be full.
+const _: () = assert!(2 * MOST as u64 <= invalidation::MOST_ACTIVE);
 
 pub(crate) struct ActiveEvents<P: Platform> {
     word: AtomicU32,

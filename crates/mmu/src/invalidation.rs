@@ -81,7 +81,7 @@ const COUNT_BITS: u32 = 16;
 const COUNT: u64 = (1 << COUNT_BITS) - 1;
 const ONE_ENDED: u64 = 1 << COUNT_BITS;
 /// Half of what can be counted: two words are added up.
-const MOST_ACTIVE: u64 = COUNT >> 1;
+pub(crate) const MOST_ACTIVE: u64 = COUNT >> 1;
 /// Which invalidations make a fault under way retry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SequenceScope {
