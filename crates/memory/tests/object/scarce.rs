@@ -4,11 +4,11 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use afterimage_memory::Kind;
-use afterimage_mmu::{FaultError, PageSize};
+use afterimage_mmu::{FaultError, Gfn, Memslot, PageSize, SlotId};
 use afterimage_testing::HugePages;
 use afterimage_uffd::{Backing, Mapping, ServeOptions};
 
-use crate::support::{BACKINGS, Setup, Stamps, stamp};
+use crate::support::{BACKINGS, Setup, Stamps, stamp, wait_until};
 
 #[test]
 fn a_fault_outlasts_a_shortage() {
@@ -40,6 +40,23 @@ fn a_fault_that_never_gets_memory_ends_in_poison() {
         assert_eq!(reports.len(), 1, "{reports:?}");
         assert!(matches!(reports[0].error, FaultError::NoMemory(gfn) if gfn.as_u64() == 1), "{reports:?}");
     }
+}
+
+/// A memslot over a part of a huge page: the kernel maps the page as a whole or not at all, and so it is with poison.
+#[test]
+fn a_page_that_can_be_neither_mapped_nor_poisoned_ends_the_worker() {
+    let Some(_pool) = HugePages::claim("half a page", 2) else { return };
+    let setup = Setup { page_size: PageSize::Size2M, ..Setup::new("half a page", Backing::Shared, 1) };
+    let Some(machine) = setup.start() else { return };
+    machine.delete_slot();
+    let half = Memslot::new(SlotId(1), Gfn::new(0), 256, machine.mapping.range().start);
+    machine.mmu.create_slot(half).expect("there is no other");
+    let touch = machine.probing(0);
+    wait_until("the fault fails", || machine.mmu.fault_stats().failed > 0);
+    let refused = machine.stop_failed();
+    assert!(refused.to_string().contains("UFFDIO_POISON"), "{refused}");
+    // Its descriptor is closed.
+    let _ = touch.finish();
 }
 
 /// What nobody waits for takes free pages only.

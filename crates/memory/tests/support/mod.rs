@@ -341,6 +341,12 @@ impl Machine {
         std::mem::take(&mut self.reports.lock().expect("reports"))
     }
 
+    /// Ends a machine one of whose workers has ended before; of what.
+    #[track_caller]
+    pub(crate) fn stop_failed(mut self) -> UffdError {
+        self.workers.take().expect("it runs").stop().expect_err("a worker has ended")
+    }
+
     /// Ends a machine where nothing was to go wrong.
     #[track_caller]
     pub(crate) fn stop_clean(self) {

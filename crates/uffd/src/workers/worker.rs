@@ -11,7 +11,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::last_try::{Lack, LastTry};
 use super::{AfterRetry, FaultReport, ServeOptions};
-use crate::{Event, EventBuffer, FaultKind, UffdError, UffdMmu, VmaPage};
+use crate::{Event, EventBuffer, FaultKind, Operation, UffdError, UffdMmu, VmaPage};
 
 /// Messages read at a time.
 const BATCH: usize = 32;
@@ -177,6 +177,7 @@ where
             (Err(FaultError::NoMemory(_) | FaultError::Interrupted(_) | FaultError::NoPage { .. }), _) => {
                 self.try_last(raised, &fault)
             }
+            (Err(FaultError::CannotMap { cause, .. }), _) if is_unpoisoned(&cause) => Err(cause),
             // In both cases the secondary MMU has put the poison there.
             (Err(error @ (FaultError::Poisoned { .. } | FaultError::CannotMap { .. })), _) => {
                 Ok(self.ended_badly(gfn, error))
@@ -196,6 +197,7 @@ where
             Err(FaultError::Poisoned { cause: Lack::Memory, .. }) => {
                 Ok(self.ended_badly(gfn, FaultError::NoMemory(gfn)))
             }
+            Err(FaultError::CannotMap { cause, .. }) if is_unpoisoned(&cause) => Err(cause),
             Err(FaultError::CannotMap { cause, .. }) => {
                 Ok(self.ended_badly(gfn, FaultError::CannotMap { gfn, cause }))
             }
@@ -303,4 +305,13 @@ where
 enum Hope {
     Left,
     Gone,
+}
+
+/// Whether not even poison could be put there, though somebody is left to wait: that ends the worker, and is told.
+fn is_unpoisoned(error: &UffdError) -> bool {
+    matches!(
+        error,
+        UffdError::Refused { operation: Operation::Poison, .. }
+            | UffdError::Contradiction { operation: Operation::Poison, .. }
+    )
 }
