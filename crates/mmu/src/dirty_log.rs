@@ -47,7 +47,7 @@ impl<S: SecondaryMmu> GuestMmu<S> {
     /// for good.
     ///
     /// # Errors
-    /// The slot does not exist.
+    /// The slot does not exist; or this secondary MMU does not log writes.
     pub fn set_dirty_logging(&self, space: SpaceId, id: SlotId, on: bool) -> Result<(), SlotError> {
         if on {
             return self.start_dirty_log(space, id, LogBy::Protection, Initially::Clean);
@@ -61,7 +61,7 @@ impl<S: SecondaryMmu> GuestMmu<S> {
     /// that was kept is lost.
     ///
     /// # Errors
-    /// The slot does not exist; or these tables have no marks to log by.
+    /// The slot does not exist; or this secondary MMU does not log writes, or has no marks to log by.
     pub fn start_dirty_log(
         &self,
         space: SpaceId,
@@ -71,6 +71,9 @@ impl<S: SecondaryMmu> GuestMmu<S> {
     ) -> Result<(), SlotError> {
         let _update = self.updates.write();
         let slot = self.slot_set().get(space, id)?;
+        if !S::LOGS_WRITES {
+            return Err(SlotError::NoWriteLog(id));
+        }
         let flags = match by {
             LogBy::Protection => SlotFlags::LOG_DIRTY,
             LogBy::Marks if S::HAS_DIRTY_MARKS => SlotFlags::LOG_DIRTY | SlotFlags::LOG_BY_MARKS,

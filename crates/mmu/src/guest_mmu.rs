@@ -17,7 +17,7 @@ use crate::mmu_lock::{MmuLock, MmuWriteGuard};
 use crate::mutation::{self, Mutation};
 use crate::platform::Platform;
 use crate::ranges::Coverage;
-use crate::slots::{Memslot, SlotError, SlotId, SlotSet, SlotState, SpaceId};
+use crate::slots::{Memslot, SlotError, SlotFlags, SlotId, SlotSet, SlotState, SpaceId};
 use crate::stats::{FaultStats, InvalidationCounters, InvalidationStats};
 use crate::sync::{AtomicPtr, AtomicU32, CachePadded, Ordering, ParkWord, Shared};
 use crate::turns::Turns;
@@ -288,6 +288,9 @@ impl<S: SecondaryMmu> GuestMmu<S> {
 impl<S: SecondaryMmu> GuestMmu<S> {
     /// Adds a slot.
     pub fn create_slot(&self, slot: Memslot) -> Result<(), SlotError> {
+        if slot.flags.contains(SlotFlags::LOG_DIRTY) && !S::LOGS_WRITES {
+            return Err(SlotError::NoWriteLog(slot.id));
+        }
         let _update = self.updates.write();
         let slot = Memslot { state: SlotState::Valid, ..slot };
         self.replace(self.slot_set().created(slot)?);

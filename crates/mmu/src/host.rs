@@ -273,6 +273,10 @@ pub trait SecondaryMmu: Sized + Send + Sync {
     /// Whether an entry tells a page that was written from one that may be, so that [`clean`](Self::clean) finds out.
     const HAS_DIRTY_MARKS: bool = false;
 
+    /// Whether it maps a page of a slot that logs writes ([`SlotFlags::LOG_DIRTY`](crate::SlotFlags::LOG_DIRTY)) read-only, and
+    /// singly, until the first of them. Where it does not, such slots are refused.
+    const LOGS_WRITES: bool = true;
+
     /// The virtual machine that it is part of, once, before anything else: what its [`Walking`] tokens will say.
     fn attach(&mut self, _machine: MachineId) {}
 

@@ -188,6 +188,12 @@ pub enum SlotError {
     /// The slot is not logged.
     #[error("the writes to memslot {} are not logged: start that first", .0.0)]
     NotLogged(SlotId),
+    /// The secondary MMU cannot have each first write noticed.
+    #[error(
+        "the writes to memslot {} cannot be logged by this secondary MMU: write-protect the pages in the memory object for a \
+         checkpoint instead (`protect`), or use stage-2 tables, as software vCPUs do", .0.0
+    )]
+    NoWriteLog(SlotId),
     /// The tables do not tell written pages from others.
     #[error("memslot {} cannot be logged by marks: these tables have none", .0.0)]
     NoDirtyMarks(SlotId),

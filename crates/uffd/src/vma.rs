@@ -7,6 +7,7 @@
 //! | zap | `MADV_DONTNEED`: the page stays in the cache | `MADV_DONTNEED`: **frees the page** |
 //! | write-protect | `UFFDIO_WRITEPROTECT` | the same |
 //! | poison, or a map that cannot be | `UFFDIO_POISON` | the same |
+//! | log writes (memslots with `LOG_DIRTY`) | refused: see `LOGS_WRITES` | the same |
 //! | flush | done by the kernel in each of these calls | the same |
 //! | age | zap the PTE, keep the page, see who comes back | – |
 //!
@@ -252,6 +253,9 @@ impl<Page: VmaPage> SecondaryMmu for UffdMmu<Page> {
     type Page = Page;
     type Cache = ();
     type Error = UffdError;
+
+    // A read fault maps its whole page writable.
+    const LOGS_WRITES: bool = false;
 
     fn block(&self, slot: &Memslot, gfn: Gfn) -> Block {
         // Guest frames need not be aligned as the pages behind them are.
