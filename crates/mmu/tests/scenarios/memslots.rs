@@ -10,7 +10,7 @@ use afterimage_mmu::{
     SpaceId, YieldPolicy,
 };
 
-use crate::support::gate::{Finished, Gate, PATIENCE, Parks};
+use crate::support::gate::{Finished, Gate, Parks};
 use crate::support::hooks::Point;
 use crate::support::machine::{Machine, Touched, both};
 use crate::support::platform::{forget_resched, tell_when_parked, want_resched};
