@@ -155,7 +155,7 @@ pub enum MemoryError {
     /// The resident budget makes no sense.
     #[error(
         "a resident budget of {budget} bytes for {bytes} bytes of memory, in batches of {batch_pages} pages, cannot work: \
-         the budget must not exceed the memory, and a batch has at least one page"
+         the budget must not exceed the memory, a batch has at least one page, and a pool, with those to spare, less than 2^32"
     )]
     BadBudget {
         /// The budget.

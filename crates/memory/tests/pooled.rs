@@ -217,3 +217,16 @@ fn a_pool_lasts_where_the_store_is_full() {
     assert_eq!((stats.resident_bytes, stats.beyond_budget), (FRAMES * FRAME_BYTES, FRAMES - 3));
     assert_eq!(stats.of(Kind::Evict).frames, 0);
 }
+
+#[test]
+fn a_pool_of_more_pages_than_can_be_counted_is_refused() {
+    let bytes = 4 * FRAME_BYTES;
+    for (batch_pages, spare) in [(u64::MAX, 0), (1, u64::MAX), (u64::MAX, u64::MAX), (1, 1 << 32)] {
+        let options = ObjectOptions { batch_pages, ..ObjectOptions::new(bytes) };
+        let refused = MemoryObject::pooled(options, spare);
+        assert!(
+            matches!(refused, Err(MemoryError::BadBudget { .. })),
+            "a batch of {batch_pages}, {spare} to spare: {refused:?}"
+        );
+    }
+}

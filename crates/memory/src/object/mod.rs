@@ -175,14 +175,18 @@ impl MemoryObject {
     /// again at once.
     ///
     /// # Errors
-    /// As for [`shared`](Self::shared).
+    /// As for [`shared`](Self::shared), or if these are more pages than a pool can have (2³² − 1).
     pub fn pooled(options: ObjectOptions, spare_pages: u64) -> Result<Arc<Self>, MemoryError> {
         options.check()?;
         let page = options.page_size.bytes();
         let budget = options.resident_bytes.unwrap_or(options.bytes) / page;
         let pages = options.bytes / page;
         let resident = if options.stored_bytes.is_some() { pages } else { budget };
-        let places = resident + options.batch_pages + spare_pages;
+        let places = resident
+            .checked_add(options.batch_pages)
+            .and_then(|places| places.checked_add(spare_pages))
+            .filter(|places| *places <= u64::from(u32::MAX))
+            .ok_or_else(|| options.bad_budget())?;
         let pool = FramePool::new(pages, places, options.page_size)?;
         Self::new(Memory::Frames(Arc::new(pool)), options)
     }
@@ -433,12 +437,16 @@ impl ObjectOptions {
             return Err(MemoryError::SourceLength { source_bytes: source.len_bytes(), bytes: self.bytes });
         }
         if self.batch_pages == 0 || self.resident_bytes.is_some_and(|budget| budget > self.bytes) {
-            return Err(MemoryError::BadBudget {
-                budget: self.resident_bytes.unwrap_or(self.bytes),
-                bytes: self.bytes,
-                batch_pages: self.batch_pages,
-            });
+            return Err(self.bad_budget());
         }
         Ok(())
+    }
+
+    fn bad_budget(&self) -> MemoryError {
+        MemoryError::BadBudget {
+            budget: self.resident_bytes.unwrap_or(self.bytes),
+            bytes: self.bytes,
+            batch_pages: self.batch_pages,
+        }
     }
 }
