@@ -105,7 +105,7 @@ fn what_was_fetched_from_is_recovered() {
         let chosen = ["--format", format, "--witness", witness, "--nx-ratio", "2", "--nx-period", "2ms"];
         let all = ["--invalidate", "discard,protect,migrate,age,dirty,split,collapse,nx", "--dirty", "ring"];
         let options: Vec<_> = memory.into_iter().chain(chosen).chain(all).collect();
-        good(&options, json!({ "format": format, "nx_ratio": 2 }));
+        good(&options, json!({ "format": format, "nx_ratio": 2, "nx_period_ns": 2_000_000 }));
         let options: Vec<_> = memory.into_iter().chain(chosen).chain(["--invalidate", "nx"]).collect();
         let recovers = || good(&options, json!({ "witness": witness })).number("/nx_recovered_blocks") > 0;
         assert!((0..ATTEMPTS).any(|_| recovers()), "{format} {witness}: no block was ever recovered");

@@ -94,8 +94,8 @@ impl Default for Policy {
 ///
 /// Faults come in through a [`Vcpu`](crate::Vcpu), invalidations through [`GuestMmu::invalidate`].
 ///
-/// Lock order: memslot updates, then active events (a count, not a lock), then `mmu_lock`. A notifier takes none of the
-/// first, and none may be waited for inside a fault.
+/// Lock order: memslot updates, then active events (a count, not a lock), then `mmu_lock`. A notifier never takes the
+/// first; a fault waits for neither of the first two.
 pub struct GuestMmu<S: SecondaryMmu> {
     pub(crate) lock: MmuLock<S::Platform>,
     pub(crate) vcpus: VcpuWords<S::Platform>,

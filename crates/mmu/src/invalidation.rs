@@ -5,7 +5,7 @@
 //! | word | changed with `mmu_lock` held for write | meaning |
 //! |---|---|---|
 //! | `words[ALL]` | `begin`: count +1. `end`: count −1 and sequence +1, in one store | invalidations between begin and end, and those that ended |
-//! | the others | likewise, for each region of 2 MiB that the ranges touch, or of 64 MiB if those are many, with [`SequenceScope::Region`] | those of them that touched the region |
+//! | the others | likewise, for each region of 2 MiB that the hull of the ranges touches, or of 64 MiB if those are many, with [`SequenceScope::Region`] | those of them that touched the region |
 //! | hull and entries (module `ranges`) | `begin` and `end` | which frames |
 //!
 //! `begin` writes the ranges and *then* raises the counts; `end` drops a count and bumps its sequence at once, and only
@@ -36,8 +36,8 @@
 //!
 //! KVM has one sequence and one count: an end anywhere fails every fault that is under way, unrelated invalidations can
 //! hold a fault back without bound, and each of them takes the line that all faults read. With
-//! [`SequenceScope::Region`] an invalidation changes, besides the word of all, the word of every region that its ranges
-//! touch, and a fault whose frames lie in one region looks at two words: that of the region, and that of the 64 MiB
+//! [`SequenceScope::Region`] an invalidation changes, besides the word of all, the word of every region that the hull of
+//! its ranges touches, and a fault whose frames lie in one region looks at two words: that of the region, and that of the 64 MiB
 //! around it, each on a cache line of its own. Narrow invalidations change the former, wide ones (more than 64 regions)
 //! the latter, so that 1 GiB is begun and ended by 17 stores and its neighbours see nothing of it. A word grows with
 //! each change, so the sum of two is what it was only if both are, and is compared as if it were one word. The argument
@@ -87,7 +87,7 @@ pub(crate) const MOST_ACTIVE: u64 = COUNT >> 1;
 pub enum SequenceScope {
     /// An end anywhere: KVM's way.
     Global,
-    /// Those that touch the same region of 2 MiB, or one that shares its word.
+    /// Those that touch the same region of 2 MiB, or one that shares its word; of those that touch more than 64, the same 64 MiB.
     Region,
 }
 

@@ -178,7 +178,8 @@
 //! # What it asks of the machine
 //!
 //! `alloc`, and 64-bit atomics. The engine allocates nothing while a witness is held. On its way a fault writes no cache
-//! line of the engine's that another vCPU writes, but for that of `mmu_lock`, and with intents not even that.
+//! line of the engine's that another vCPU writes, but for that of `mmu_lock`, and with intents not even that;
+//! and, where writes are logged in a bitmap, but for its word.
 //!
 //! `docs/protocol.md` in the repository has the states, the orderings and what differs from KVM; the feature `mutations`
 //! removes one rule at a time, for tests alone.

@@ -119,8 +119,6 @@ pub enum Mutation {
     PanicForgetsFlush,
     /// A table is freed without waiting for those who walk.
     FreeWithoutQuiescence,
-    /// A table is freed without the flush before (rule F3).
-    FreeWithoutFlush,
     /// Roots are replaced, and no vCPU is asked to reload.
     ReloadLeftOut,
     /// vCPUs are asked to reload before the roots are replaced.

@@ -38,7 +38,7 @@ impl fmt::Debug for Snapshot<'_> {
 /// Why a fault must be retried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stale {
-    /// An invalidation whose hull covers the frames is active (or seems to be, for a hint).
+    /// An invalidation whose frames, or the hull of all (by [`Coverage`](crate::Coverage)), cover them is active (or seems to be, for a hint).
     Covered,
     /// An invalidation that the machine's [`SequenceScope`](crate::SequenceScope) counts has ended since.
     SequenceMoved,

@@ -1,6 +1,7 @@
 //! The one place that knows which atomics, fences and cells the crate runs on.
 //!
-//! Everything else names them through this module, so that under `--cfg loom` the whole engine runs on loom's.
+//! Everything else names them through this module, so that under `--cfg loom` the whole engine runs on loom's, but
+//! what is no part of a protocol (the numbers of machines, an intent's generation, which mutation is on).
 //!
 //! # Orderings
 //!
@@ -10,13 +11,23 @@
 //! |---|---|---|---|
 //! | lock `rin` | reader arrives, add | Acquire | the writer's Release when it leaves: its changes are seen |
 //! | lock `rout` | reader leaves, add | Release | the next writer's Acquire: it sees what readers installed |
-//! | lock `wout` | writer leaves, add | Release | the next writer's Acquire |
+//! | lock `wout` | writer passes the turn on, compare-exchange | Release | the next writer's Acquire |
 //! | invalidations' words | raise, under lock | Release | `verify`'s Acquire without the lock: who reads the new count, with an announcement, finds the range; by hints whenever it gets there |
 //! | invalidations' words | drop and bump, under lock | Release | `snapshot`'s Acquire: who sees the new number sees the new pages |
 //! | `start`, `end` | under lock | Release | `verify`'s Acquire: who reads bounds that were changed by a later begin reads the sequence that the earlier end bumped |
 //! | exact ranges, `untracked` | under lock | Release | `verify`'s Acquire: as for the bounds; an end empties them behind the bump |
 //! | intent word | announce: store + light barrier | Release | begin's words + heavy barrier: the vCPU sees the range, or the invalidation sees the announcement. Release: who waits for the announcement before this one may find this one instead |
 //! | intent word | clear: store | Release | the drain's Acquire: the zap finds what was installed |
+//! | visitor `taken` | taken: compare-exchange; given back: store | Acquire; Release | each other: a visitor goes on with the generations of the one before |
+//! | claim word | claim: store | Relaxed | nothing: no safety rests on it |
+//! | claim word | give back, take away: compare-exchange | Release | the look of who waits, Acquire |
+//! | active events | start: compare-exchange | Acquire | the updater's turn (AcqRel): who joins the other count knows what was announced or published |
+//! | active events | end, sub | Release | the updater's turn and looks (Acquire): what events did with the old slots came before they are freed |
+//! | `coming` | announce / read | Release / Acquire | contents of the slot set |
+//! | `released` | set / read | Release / Acquire | what came before the release |
+//! | dirty bitmap | set, or | Release | the collector's AcqRel when it takes the bit: it sees the exchange that made the entry writable |
+//! | dirty ring, `state` | push, collect: store | Release | the Acquire of who collects, and who resets: what the entry says |
+//! | dirty ring, `pushed`, `reset`, `abandoned` | store | Release | Acquire loads: the vCPU finds reset entries empty; what was pushed before is found |
 //! | intent `waiters` | mark + heavy barrier; clear + light barrier, look | Relaxed | each other: the waiter sees the word cleared, or the vCPU sees the mark and wakes |
 //! | claim `waiters` | mark + `fence(SeqCst)`; give back + `fence(SeqCst)`, look | Relaxed | each other: the invalidation sees the claim given back, or the vCPU sees the mark and wakes |
 //! | hint | all loads | Relaxed | nothing: a hint gives no right, only a reason to retry |

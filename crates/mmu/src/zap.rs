@@ -343,10 +343,8 @@ impl<'w, S: SecondaryMmu> Steps<'w, '_, S> {
         assert!(self.room() > 0, "more tables were retired than there is room for");
         self.retired.tables[self.retired.count] = table;
         self.retired.count += 1;
-        if !mutation::active(Mutation::FreeWithoutFlush) {
-            let keeps = mutation::active(Mutation::FlushKeepsTables);
-            self.owe(if keeps { Flush::of(cached.translations) } else { cached });
-        }
+        let keeps = mutation::active(Mutation::FlushKeepsTables);
+        self.owe(if keeps { Flush::of(cached.translations) } else { cached });
     }
 
     fn owe(&mut self, flush: Flush) {

@@ -3,9 +3,10 @@
 //! What only a rare schedule shows (fences, orderings, wake-ups, the lock) is left to loom, which does the same to its
 //! models: `EndCountFirst`, `WaitWithoutMark`, `EnterWithoutFence`, `RequestWithoutFence`,
 //! `ReaderIgnoresWriter`, `WriterIgnoresReaders`, `AnnounceWithoutFence`, `ClearWithoutFence`, `DrainWithoutFence`,
-//! `FreeWithoutQuiescence`, `FlushWidenedLate`, `ReloadBeforeSwap`, and all of the `…WithoutWake` and `…Relaxed`. The
-//! `Discard…` and `Evict…` belong to the crate that owns the pages, `FlushKeepsTables`, `ReloadLeftOut` and `WrittenForgotten` to the
-//! one that has tables.
+//! `FreeWithoutQuiescence`, `FlushWidenedLate`, `ReloadBeforeSwap`, `EndRangesFirst`, `VerifyLooksOnce`, `SlotsFreedUnderEvents`,
+//! `GiveBackWithoutFence`, `ProtectBeforeTake`, `MarkBeforeInstall`, and all of the `…WithoutWake` and `…Relaxed`. The
+//! `Discard…`, `Evict…` and `FreeUnstored` belong to the crate that owns the pages, `FlushKeepsTables`, `ReloadLeftOut`, `WrittenForgotten`,
+//! `RingResetUnprotected` and `FastFaultUnlogged` to the one that has tables.
 #![cfg(not(loom))]
 
 #[expect(dead_code, reason = "only some scenarios are about a rule that can be switched off")]

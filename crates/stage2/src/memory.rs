@@ -12,7 +12,7 @@
 //! | tables | 4 KiB for each that the architecture needs, and the root: 4 KiB to 64 KiB |
 //! | pages at hand | 4 KiB for each level below the root, at most, for each vCPU |
 //! | a vCPU's words and counters | 5,632, at most |
-//! | a machine with one memslot | 32 KiB, at most |
+//! | a machine with one memslot | 32 KiB, at most; with `LargeExecute::Never` 32 KiB more |
 //!
 //! `tests/memory.rs` counts every allocation, for 1 GiB in single frames, in large pages, and for frames here and there. A
 //! dirty log is a bit a frame of its slot, beside this.

@@ -1,6 +1,7 @@
 //! Each rule of the tables, switched off: a scenario that holds with it fails without it.
 //!
-//! What only a rare schedule shows is left to `shuttle.rs`: `RemovedTableThaws`, `CollapseWithoutFreezing`.
+//! What only a rare schedule shows is left to `shuttle.rs` and `loom`: `RemovedTableThaws`, `CollapseWithoutFreezing`; to `loom` alone:
+//! `EraStays` and all of the orderings.
 #![cfg(not(shuttle))]
 
 #[expect(dead_code, reason = "only some scenarios are about a rule that can be switched off")]

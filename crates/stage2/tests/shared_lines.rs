@@ -1,5 +1,5 @@
 //! On its way a fault that announces an intent stores to nothing that vCPUs share, but for the entry that it installs: the
-//! virtual machine lies in memory that nobody may write meanwhile.
+//! virtual machine's own struct lies in memory that nobody may write meanwhile. (Its words of invalidations are on the heap.)
 
 // UNSAFETY: the machine is built in a mapping of its own, whose protection changes.
 #![expect(unsafe_code)]

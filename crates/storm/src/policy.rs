@@ -120,7 +120,7 @@ choices! {
     Sequence, "sequence" {
         /// That of any invalidation: Linux.
         Global = "global",
-        /// That of an invalidation in the same region.
+        /// That of an invalidation in the same region of 2 MiB, or of 64 MiB if it touches more than 64 of them.
         Region = "region",
     }
 }

@@ -344,7 +344,7 @@ impl GuestHandle {
     ///
     /// # Errors
     ///
-    /// [`VmError::NeedsKvm`] for a thread guest; [`VmError::Kvm`].
+    /// [`VmError::NeedsKvm`] for a guest without KVM; [`VmError::Kvm`].
     pub fn start_dirty_log(&self) -> Result<(), VmError> {
         self.kvm("log dirty pages")?.start_dirty_log()
     }

@@ -1,7 +1,8 @@
 //! A hypervisor on a bare machine that judges what `afterimage-stage2` writes: real walkers walk it.
 //!
 //! It boots from the BIOS, on QEMU and on Bochs, finds out whether the CPU has SVM (NPT) or VMX (EPT), and runs what
-//! its command line asks for. The last line that it prints begins with `judge: passed` or `judge: FAILED`.
+//! its command line asks for. The last line that it prints begins with `judge: passed`, `judge: FAILED` or
+//! `judge: stale`.
 #![no_std]
 #![no_main]
 

@@ -88,7 +88,7 @@ pub(crate) struct RunArgs {
     /// Where a fault looks, without the lock, whether it is doomed; "off" is Linux before d02c357e5bfa
     #[arg(long, value_enum, default_value_t = PrecheckChoice::Both)]
     precheck: PrecheckChoice,
-    /// Whose end makes a fault under way retry: of invalidations in the same region of 2 MiB, or, as in Linux, of any
+    /// Whose end makes a fault under way retry: of invalidations in the same region of 2 MiB (of 64 MiB for those of more than 64 regions), or, as in Linux, of any
     #[arg(long, value_enum, default_value_t = SequenceChoice::Region)]
     sequence: SequenceChoice,
     /// What a fault holds from its check to its install
@@ -166,6 +166,7 @@ pub(crate) struct ShownOptions {
     invalidate: Vec<String>,
     dirty: Option<String>,
     nx_ratio: Option<u32>,
+    nx_period_ns: Option<u64>,
     pressure: u32,
     precheck: String,
     sequence: String,
@@ -284,6 +285,9 @@ impl RunArgs {
             workload: workload.to_string(),
             source: self.source,
             nx_ratio: invalidate.contains(&InvalidateChoice::Nx).then_some(nx.ratio.get()),
+            nx_period_ns: invalidate
+                .contains(&InvalidateChoice::Nx)
+                .then(|| u64::try_from(nx.period.as_nanos()).unwrap_or(u64::MAX)),
             dirty: invalidate.contains(&InvalidateChoice::Dirty).then(|| name(dirty)),
             invalidate: invalidate.iter().map(|choice| name(*choice)).collect(),
             pressure,

@@ -39,7 +39,7 @@ pub(crate) struct StormArgs {
     /// When a zap gives the lock up: contention (a preemptible kernel), resched (one that is not), never
     #[arg(long = "yield", value_delimiter = ',')]
     yielding: Vec<Yielding>,
-    /// Whose end makes a fault under way retry: global (any), region
+    /// Whose end makes a fault under way retry: global (any), region (of 2 MiB; of 64 MiB for what touches more than 64)
     #[arg(long, value_delimiter = ',')]
     sequence: Vec<Sequence>,
     /// Which frames an active invalidation holds back: hull (of all that are active), exact

@@ -13,7 +13,7 @@
 //! 2. the clock hand's lock, for who makes room;
 //! 3. an invalidation of every secondary MMU that maps the object (a count, and `mmu_lock` for its start and end);
 //! 4. page locks, in ascending order;
-//! 5. `mmu_lock` for read, by a fault that holds its one page;
+//! 5. the fault's witness, `mmu_lock` for read or its intent, by a fault that holds its one page;
 //! 6. the store's.
 //!
 //! Nobody waits for a page lock with `mmu_lock` held, and nobody waits for a device with either. In a memory file a
