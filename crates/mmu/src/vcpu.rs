@@ -40,7 +40,8 @@ impl<S: SecondaryMmu> fmt::Debug for Vcpu<'_, S> {
 }
 
 impl<S: SecondaryMmu> GuestMmu<S> {
-    /// A new vCPU. Its number is the lowest that is free.
+    /// A new vCPU. Its number is the lowest that is free. Read the root that it walks from after this: only a vCPU that exists
+    /// is asked to reload before a root is freed.
     pub fn vcpu(&self) -> Vcpu<'_, S> {
         Vcpu {
             mmu: self,

@@ -72,10 +72,10 @@
 //! let stage2 = Stage2::<Npt4, _>::new(Bare, HeapMemory::default(), 1, PageSize::Size2M).unwrap();
 //! let mmu = GuestMmu::new(stage2, Policy::default());
 //! mmu.create_slot(Memslot::new(SlotId(0), Gfn::new(0), 1024, BASE)).unwrap();
-//! // The register that hardware walks from. To be read again whenever a vCPU is asked to reload.
+//! let mut vcpu = mmu.vcpu();
+//! // The register that hardware walks from: read once the vCPU is there to be asked, and again whenever it is asked to reload.
 //! let _root: Pfn = mmu.secondary().root(SpaceId(0)).unwrap();
 //!
-//! let mut vcpu = mmu.vcpu();
 //! let (gfn, access) = (Gfn::new(3), Access::WRITE);
 //! assert_eq!(translate(&mut vcpu, gfn, access), Translation::Fault(Found::Absent));
 //! assert_eq!(vcpu.handle_fault(&Identity, &Fault::new(gfn, access)), Ok(FaultOutcome::Fixed));
