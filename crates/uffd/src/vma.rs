@@ -12,7 +12,12 @@
 //! | age | zap the PTE, keep the page, see who comes back | – |
 //!
 //! In anonymous memory the mapping *is* the page: whoever wants the bytes must take them before an unmap, for which
-//! [`Zap::WriteProtect`] is there. So there a memslot that is deleted or moved takes its pages' bytes with it.
+//! [`Zap::WriteProtect`] is there. So there a memslot that is deleted or moved takes its pages' bytes with it, and `zap_all` those of
+//! all memslots.
+//!
+//! A memslot over the mapping lies inside it, and begins and ends with one of its pages. The engine does not know the mapping, and does
+//! not ask: memory of another memslot cannot be taken away, which is a panic, and a part of a huge page is neither mapped
+//! nor poisoned, which ends the worker that met it.
 //!
 //! The memory can be split over several userfaultfds, each with a part of the range: one descriptor has one
 //! wait-queue lock, which many vCPUs fight for.
