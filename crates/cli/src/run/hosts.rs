@@ -96,7 +96,8 @@ pub(super) fn check_huge_pages(page_size: PageSize, needed: u64) -> Result<()> {
     let pool = HugePages::of(page_size).context("this host has no 2 MiB huge pages")?;
     ensure!(
         pool.available() >= needed,
-        "--page-size 2m needs {needed} free huge pages (--resident, or with --stored all of --memory, and one batch), and there are {}: {}",
+        "--page-size 2m needs {needed} free huge pages (--resident, or with --stored all of --memory, and one batch), \
+         and there are {}: {}",
         pool.available(),
         pool.remedy(needed)
     );

@@ -88,7 +88,8 @@ pub(crate) struct RunArgs {
     /// Where a fault looks, without the lock, whether it is doomed; "off" is Linux before d02c357e5bfa
     #[arg(long, value_enum, default_value_t = PrecheckChoice::Both)]
     precheck: PrecheckChoice,
-    /// Whose end makes a fault under way retry: of invalidations in the same region of 2 MiB (of 64 MiB for those of more than 64 regions), or, as in Linux, of any
+    /// Whose end makes a fault under way retry: of invalidations in the same region of 2 MiB (of 64 MiB for those
+    /// of more than 64 regions), or, as in Linux, of any
     #[arg(long, value_enum, default_value_t = SequenceChoice::Region)]
     sequence: SequenceChoice,
     /// What a fault holds from its check to its install
