@@ -82,6 +82,27 @@ pub(crate) struct Shared<'m, 'r> {
     pub(crate) started_ns: u64,
 }
 
+impl<'m, 'r> Shared<'m, 'r> {
+    /// Has one page mapped, after as many retries as it takes: beside an invalidation, or another vCPU that adds a table.
+    pub(crate) fn map(&self, vcpu: &mut Vcpu<'m, StormTables<'r>>, gfn: Gfn) -> Result<(), String> {
+        loop {
+            match vcpu.handle_fault(&self.ram, &Fault::new(gfn, Access::WRITE)) {
+                Ok(FaultOutcome::Fixed | FaultOutcome::FixedFast | FaultOutcome::Spurious) => return Ok(()),
+                Ok(FaultOutcome::Retry(retry)) => self.mmu.wait(retry.range),
+                Ok(outcome @ (FaultOutcome::Emulate(_) | FaultOutcome::WriteProtected)) => {
+                    return Err(unexpected(gfn, outcome));
+                }
+                Err(error) => return Err(error.to_string()),
+            }
+        }
+    }
+}
+
+/// How a fault on ordinary memory cannot end.
+fn unexpected(gfn: Gfn, outcome: FaultOutcome) -> String {
+    format!("guest frame {gfn} is ordinary memory, and its fault ended as {outcome:?}")
+}
+
 /// What one vCPU found.
 #[derive(Debug, Default)]
 pub(crate) struct Seen {
@@ -142,9 +163,9 @@ impl<'m, 'r> Guest<'m, 'r> {
     pub(crate) fn map_all(&mut self) {
         let (Touch::Any(gfns) | Touch::Fresh(gfns)) = self.touch;
         for gfn in gfns.start.as_u64()..gfns.end.as_u64() {
-            let fault = Fault::new(Gfn::new(gfn), Access::WRITE);
-            if let Err(error) = self.vcpu.handle_fault(&self.shared.ram, &fault) {
-                self.seen.failure = Some(error.to_string());
+            if let Err(failure) = self.shared.map(&mut self.vcpu, Gfn::new(gfn)) {
+                self.seen.failure = Some(failure);
+                return;
             }
         }
     }
@@ -289,8 +310,7 @@ impl<'m, 'r> Guest<'m, 'r> {
                 }
             }
             Ok(outcome @ (FaultOutcome::Emulate(_) | FaultOutcome::WriteProtected)) => {
-                self.seen.failure =
-                    Some(format!("guest frame {gfn} is ordinary memory, and its fault ended as {outcome:?}"));
+                self.seen.failure = Some(unexpected(gfn, outcome));
                 self.pending = None;
             }
             Err(error) => {
@@ -333,4 +353,43 @@ impl<'m, 'r> Guest<'m, 'r> {
 #[inline]
 fn tlb_index(gfn: Gfn) -> usize {
     gfn.as_u64() as usize % TLB
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use afterimage_mmu::{Blocking, FaultStats, Memslot, PageSize, SlotId, Zap};
+
+    use super::*;
+    use crate::policy::Policies;
+    use crate::ram::BASE;
+
+    #[test]
+    fn a_vcpu_that_is_not_to_fault_is_mapped_whatever_goes_on_meanwhile() {
+        const FRAMES: u64 = 4;
+        let (ram, _) = Ram::new(FRAMES, 0).unwrap();
+        let tables = Stage2::new(StormHost::new(), HeapMemory::default(), 1, PageSize::Size4K).unwrap();
+        let mmu = GuestMmu::new(tables, Policies::LINUX.engine());
+        mmu.create_slot(Memslot::new(SlotId(0), Gfn::new(0), FRAMES, BASE)).unwrap();
+        let after_retry = AfterRetry::Refault;
+        let shared = Shared { mmu: &mmu, ram: &ram, windows: &[], after_retry, started_ns: 0 };
+        let gfns = GfnRange::new(Gfn::new(0), Gfn::new(FRAMES));
+
+        let mut guest = Guest::new(&shared, 0, Touch::Any(gfns), 1);
+        let open = mmu.invalidate(Ram::hvas(0, FRAMES), Zap::Unmap, Blocking::Allowed);
+        thread::scope(|scope| {
+            let mapping = scope.spawn(|| guest.map_all());
+            let retries = |stats: FaultStats| stats.retries.iter().sum::<u64>();
+            while retries(mmu.fault_stats()) == 0 && !mapping.is_finished() {
+                thread::yield_now();
+            }
+            drop(open);
+            mapping.join().unwrap();
+        });
+        assert_eq!(guest.seen.failure, None);
+        for gfn in 0..FRAMES {
+            assert!(guest.access(Gfn::new(gfn)), "guest frame {gfn} is not mapped");
+        }
+    }
 }

@@ -3,9 +3,7 @@
 use core::sync::atomic::{AtomicBool, Ordering};
 use std::hint::black_box;
 
-use afterimage_mmu::{
-    Access, Blocking, FRAME_BYTES, Fault, FaultOutcome, Gfn, GfnRange, Platform, Vcpu, Zap,
-};
+use afterimage_mmu::{Blocking, FRAME_BYTES, Gfn, GfnRange, Platform, Vcpu, Zap};
 
 use crate::guest::{Choices, Shared, StormTables};
 use crate::platform::{Threads, cpu_ns, give_way_if_wanted, keep_times, start_of_slice, take_times};
@@ -90,16 +88,9 @@ impl<'m, 'r> Invalidator<'m, 'r> {
     fn populate(&mut self, vcpu: &mut Vcpu<'m, StormTables<'r>>, gfns: GfnRange, over: &AtomicBool) -> bool {
         for gfn in gfns.start.as_u64()..gfns.end.as_u64() {
             give_way_if_wanted();
-            let fault = Fault::new(Gfn::new(gfn), Access::WRITE);
-            loop {
-                match vcpu.handle_fault(&self.shared.ram, &fault) {
-                    Ok(FaultOutcome::Retry(retry)) => self.shared.mmu.wait(retry.range),
-                    Ok(_) => break,
-                    Err(error) => {
-                        self.taken.failure = Some(error.to_string());
-                        return false;
-                    }
-                }
+            if let Err(failure) = self.shared.map(vcpu, Gfn::new(gfn)) {
+                self.taken.failure = Some(failure);
+                return false;
             }
             if over.load(Ordering::Relaxed) && self.taken.invalidations > 0 {
                 return false;
