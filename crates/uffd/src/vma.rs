@@ -182,9 +182,15 @@ impl<Page> UffdMmu<Page> {
     }
 
     /// Poisons the page at `range`, whatever the protocol says: for faults that nothing else can end. A page that is there
-    /// by now needs no poison, and its waiters have been woken.
+    /// by now needs no poison, and its waiters have been woken. Who waits for a page that somebody has unmapped, or mapped
+    /// over, is woken, too, and finds what is there now.
     pub(crate) fn poison_at(&self, range: HvaRange) -> Result<Mapped, UffdError> {
-        self.on_part(range, Operation::Poison, |uffd| uffd.poison(range, Wake::Now))
+        let poisoned = self.on_part(range, Operation::Poison, |uffd| uffd.poison(range, Wake::Now));
+        if let Err(UffdError::Lost { .. }) = poisoned {
+            // The kernel wakes nobody when memory goes; where there is no process any more, nobody waits.
+            let _ = self.wake(range);
+        }
+        poisoned
     }
 
     fn on_part(
@@ -207,7 +213,7 @@ impl<Page> UffdMmu<Page> {
     /// Poisons the page at `range` because of `error`. Here, with the witness still held: later a discard could have made
     /// zeros of it, and they would be poisoned.
     fn fail_closed(&self, range: HvaRange, error: UffdError) -> Result<Mapped, UffdError> {
-        match self.on_part(range, Operation::Poison, |uffd| uffd.poison(range, Wake::Now))? {
+        match self.poison_at(range)? {
             Mapped::Fixed => Err(error),
             there => Ok(there),
         }
@@ -297,8 +303,7 @@ impl<Page: VmaPage> SecondaryMmu for UffdMmu<Page> {
     fn poison(&self, fresh: Fresh<'_>, slot: &Memslot, gfn: Gfn) -> Result<Mapped, UffdError> {
         let page_gfns = self.page_of(slot, gfn);
         debug_assert!(fresh.range().covers(page_gfns), "the verdict is about other frames");
-        let range = slot.hvas_of(page_gfns);
-        self.on_part(range, Operation::Poison, |uffd| uffd.poison(range, Wake::Now))
+        self.poison_at(slot.hvas_of(page_gfns))
     }
 
     fn zap(&self, slot: &Memslot, gfns: GfnRange, zap: Zap, walk: &mut ZapWalk<'_, Self>) {

@@ -1,12 +1,14 @@
-//! When there is no memory, or no huge page.
+//! When there is no memory, no huge page, or another page than before.
+
+#![expect(unsafe_code, reason = "memory is mapped over by address")]
 
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use afterimage_memory::Kind;
-use afterimage_mmu::{FaultError, Gfn, Memslot, PageSize, SlotId};
-use afterimage_testing::HugePages;
-use afterimage_uffd::{Backing, Mapping, ServeOptions};
+use afterimage_mmu::{FRAME_BYTES, FaultError, Hva, HvaRange, PageSize};
+use afterimage_testing::{HugePages, skip};
+use afterimage_uffd::{Backing, Mapping, OpenOptions, RegisterModes, ServeOptions};
 
 use crate::support::{BACKINGS, Setup, Stamps, stamp, wait_until};
 
@@ -42,21 +44,65 @@ fn a_fault_that_never_gets_memory_ends_in_poison() {
     }
 }
 
-/// A memslot over a part of a huge page: the kernel maps the page as a whole or not at all, and so it is with poison.
+/// Somebody maps other memory over a page that a fault waits for, which the kernel tells nobody.
+#[test]
+fn who_waits_for_a_page_that_is_mapped_over_finds_what_is_there_now() {
+    for backing in BACKINGS {
+        let Some(machine) = Setup::new("a page mapped over", backing, 2).start() else { return };
+        machine.view.gate.close_for(1);
+        let touch = machine.probing(1);
+        machine.view.gate.wait_for_someone();
+        map_over(machine.mapping.pages(1, 1).expect("inside"), 0);
+        machine.view.gate.open();
+        let nothing = touch.finish().expect_err("what is there now may not be read");
+        assert!(nothing.to_string().contains("MADV_POPULATE_READ"), "{backing:?}: {nothing}");
+        let reports = machine.stop();
+        assert_eq!(reports.len(), 1, "{backing:?}: {reports:?}");
+        let gone = reports[0].error.to_string();
+        assert!(gone.contains("no longer mapped or registered"), "{backing:?}: {gone}");
+    }
+}
+
+/// The same with memory that another descriptor has, and whose pages are of another size.
 #[test]
 fn a_page_that_can_be_neither_mapped_nor_poisoned_ends_the_worker() {
-    let Some(_pool) = HugePages::claim("half a page", 2) else { return };
-    let setup = Setup { page_size: PageSize::Size2M, ..Setup::new("half a page", Backing::Shared, 1) };
-    let Some(machine) = setup.start() else { return };
-    machine.delete_slot();
-    let half = Memslot::new(SlotId(1), Gfn::new(0), 256, machine.mapping.range().start);
-    machine.mmu.create_slot(half).expect("there is no other");
-    let touch = machine.probing(0);
-    wait_until("the fault fails", || machine.mmu.fault_stats().failed > 0);
-    let refused = machine.stop_failed();
-    assert!(refused.to_string().contains("UFFDIO_POISON"), "{refused}");
-    // Its descriptor is closed.
-    let _ = touch.finish();
+    let Some(_pool) = HugePages::claim("a huge page mapped over small ones", 1) else { return };
+    for backing in BACKINGS {
+        let Some(machine) = Setup::new("a huge page mapped over", backing, 1024).start() else { return };
+        let other = match OpenOptions::new().open() {
+            Ok(other) => other,
+            Err(error) => return skip("another userfaultfd", error),
+        };
+        let huge = PageSize::Size2M.bytes();
+        let base = machine.mapping.range().start;
+        let start = Hva::new(base.as_u64().next_multiple_of(huge));
+        let page = (start.as_u64() - base.as_u64()) / FRAME_BYTES;
+        machine.view.gate.close_for(page);
+        let touch = machine.probing(page);
+        machine.view.gate.wait_for_someone();
+        let there = HvaRange::new(start, start + huge);
+        map_over(there, libc::MAP_HUGETLB);
+        // SAFETY: nobody touches it but by a call that may fail.
+        unsafe { other.register(there, RegisterModes::MISSING) }.expect("it is new");
+        machine.view.gate.open();
+        wait_until("the fault fails", || machine.mmu.fault_stats().failed > 0);
+        let refused = machine.stop_failed();
+        assert!(refused.to_string().contains("UFFDIO_POISON"), "{backing:?}: {refused}");
+        // Both descriptors are closed, or the touch would wait at the other one.
+        drop(other);
+        let _ = touch.finish();
+    }
+}
+
+/// Maps memory that cannot be touched over a part of a machine's.
+fn map_over(range: HvaRange, flags: i32) {
+    let at = core::ptr::with_exposed_provenance_mut(range.start.as_u64() as usize);
+    let flags = flags | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
+    let protection =
+        if flags & libc::MAP_HUGETLB == 0 { libc::PROT_NONE } else { libc::PROT_READ | libc::PROT_WRITE };
+    // SAFETY: the range belongs to a mapping whose one other user touches it by a call that may fail.
+    let over = unsafe { libc::mmap(at, range.len() as usize, protection, flags, -1, 0) };
+    assert_eq!(over, at, "{}", std::io::Error::last_os_error());
 }
 
 /// What nobody waits for takes free pages only.
