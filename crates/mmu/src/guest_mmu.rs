@@ -293,7 +293,9 @@ impl<S: SecondaryMmu> GuestMmu<S> {
         }
         let _update = self.updates.write();
         let slot = Memslot { state: SlotState::Valid, ..slot };
-        self.replace(self.slot_set().created(slot)?);
+        let next = self.slot_set().created(slot)?;
+        self.secondary.check_slot(&slot)?;
+        self.replace(next);
         Ok(())
     }
 
@@ -309,7 +311,9 @@ impl<S: SecondaryMmu> GuestMmu<S> {
     pub fn move_slot(&self, space: SpaceId, id: SlotId, base: Gfn) -> Result<(), SlotError> {
         let _update = self.updates.write();
         // Refuse before anything is invalidated, so that there is nothing to put back.
-        drop(self.slot_set().changed(space, id, |slot| slot.base = base)?);
+        let moved = self.slot_set().changed(space, id, |slot| slot.base = base)?;
+        self.secondary.check_slot(&moved.get(space, id)?)?;
+        drop(moved);
         self.invalidate_slot(space, id)?;
         self.replace(self.slot_set().changed(space, id, |slot| {
             slot.base = base;

@@ -9,7 +9,7 @@ use crate::flush::Flush;
 use crate::intent::{Walker, Walking};
 use crate::invalidation::MachineId;
 use crate::platform::Platform;
-use crate::slots::{Memslot, SlotSet, SpaceId};
+use crate::slots::{Memslot, SlotError, SlotSet, SpaceId};
 use crate::snapshot::{Fresh, Snapshot};
 use crate::vcpu_words::VcpuWords;
 use crate::zap::{Retired, ZapWalk};
@@ -279,6 +279,14 @@ pub trait SecondaryMmu: Sized + Send + Sync {
 
     /// The virtual machine that it is part of, once, before anything else: what its [`Walking`] tokens will say.
     fn attach(&mut self, _machine: MachineId) {}
+
+    /// Whether it can have `slot`: asked when the slot is to be created, or moved to these frames.
+    ///
+    /// # Errors
+    /// It cannot: [`SlotError::NoTables`], [`SlotError::BeyondTables`] or [`SlotError::NotOfMapping`] says why.
+    fn check_slot(&self, _slot: &Memslot) -> Result<(), SlotError> {
+        Ok(())
+    }
 
     /// The frames that an install for `gfn` covers: a whole huge page, or just the frame. Faults are checked
     /// against invalidations of any of them. Must be told from the slot alone: it is asked before the sequence is sampled.

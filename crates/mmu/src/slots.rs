@@ -182,6 +182,38 @@ pub enum SlotError {
         /// Its length in frames.
         frames: u64,
     },
+    /// The secondary MMU has no tables for the address space.
+    #[error("memslot {} is for address space {}, which these tables do not have", .id.0, .space.0)]
+    NoTables {
+        /// The slot.
+        id: SlotId,
+        /// Its address space.
+        space: SpaceId,
+    },
+    /// The secondary MMU's tables do not reach the slot's last guest frame.
+    #[error("memslot {} of guest frames {gfns} is out of reach of tables for {bits}-bit addresses", .id.0)]
+    BeyondTables {
+        /// The slot.
+        id: SlotId,
+        /// Its guest frames.
+        gfns: GfnRange,
+        /// Bits of the addresses that the tables translate.
+        bits: u32,
+    },
+    /// The secondary MMU is one mapping, and the slot's memory is another, or not whole pages of it.
+    #[error(
+        "memslot {} shows {hvas}, which is not whole pages of {page_bytes} bytes of the mapping {mapping}", .id.0
+    )]
+    NotOfMapping {
+        /// The slot.
+        id: SlotId,
+        /// Its memory.
+        hvas: HvaRange,
+        /// The mapping.
+        mapping: HvaRange,
+        /// The size of the mapping's pages, in bytes.
+        page_bytes: u64,
+    },
     /// There is no memory for what was asked; it is done in part.
     #[error("there is no memory for the tables of memslot {}", .0.0)]
     NoMemory(SlotId),

@@ -36,8 +36,8 @@ use core::num::NonZeroU32;
 
 use afterimage_mmu::{
     Access, Age, Block, CachedMmio, FastFault, Fault, FaultKind, Found, Fresh, Gfn, GfnRange, MachineId,
-    Mapped, Memslot, PageRef, PageSize, Pfn, Platform, Retired, SecondaryMmu, SlotFlags, SlotSet, SpaceId,
-    Walker, Walking, Young, Zap, ZapWalk,
+    Mapped, Memslot, PageRef, PageSize, Pfn, Platform, Retired, SecondaryMmu, SlotError, SlotFlags, SlotSet,
+    SpaceId, Walker, Walking, Young, Zap, ZapWalk,
 };
 
 use crate::format::{Execute, Format, Leaf, MemoryType, Writable};
@@ -213,6 +213,17 @@ impl<F: Format, H: Host> SecondaryMmu for Stage2<F, H> {
 
     fn attach(&mut self, machine: MachineId) {
         self.machine = Some(machine);
+    }
+
+    fn check_slot(&self, slot: &Memslot) -> Result<(), SlotError> {
+        let Memslot { id, space, .. } = *slot;
+        let tables = self.spaces.get(usize::from(space.0)).ok_or(SlotError::NoTables { id, space })?;
+        let gfns = slot.gfns();
+        if tables.reach().covers(gfns) {
+            Ok(())
+        } else {
+            Err(SlotError::BeyondTables { id, gfns, bits: F::GPA_BITS })
+        }
     }
 
     #[inline]

@@ -13,7 +13,7 @@ macro_rules! every_format {
             use super::*;
 
             every_format!(@tests $format:
-                faults::one_by_one, faults::under_fire, yields::between_any_two_leaves,
+                faults::one_by_one, faults::under_fire, faults::slots_in_reach, yields::between_any_two_leaves,
                 large::huge_pages, large::split_and_recover, large::faults_split, large::mixed_blocks, large::never_executable, large::recovered_never_executable,
                 large::neighbours_are_verified, large::marks_are_kept, large::flushes_say_what_went, large::tables_outlive_walks,
                 near::tables_that_went_are_not_used, near::spaces_are_not_mixed_up,

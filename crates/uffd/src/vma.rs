@@ -15,9 +15,8 @@
 //! [`Zap::WriteProtect`] is there. So there a memslot that is deleted or moved takes its pages' bytes with it, and `zap_all` those of
 //! all memslots.
 //!
-//! A memslot over the mapping lies inside it, and begins and ends with one of its pages. The engine does not know the mapping, and does
-//! not ask: memory of another memslot cannot be taken away, which is a panic, and a part of a huge page is neither mapped
-//! nor poisoned, which ends the worker that met it.
+//! A memslot lies inside the mapping, and begins and ends with one of its pages; any other is refused. Memory elsewhere could not be
+//! taken away, and a part of a huge page can be neither mapped nor poisoned.
 //!
 //! The memory can be split over several userfaultfds, each with a part of the range: one descriptor has one
 //! wait-queue lock, which many vCPUs fight for.
@@ -35,7 +34,7 @@ use std::sync::Arc;
 
 use afterimage_mmu::{
     Age, Block, Fault, Flush, Found, Fresh, Gfn, GfnRange, Hva, HvaRange, Mapped, Memslot, PageRef, PageSize,
-    SecondaryMmu, VcpuWords, Walk, Walking, Young, Zap, ZapWalk, Zapped,
+    SecondaryMmu, SlotError, VcpuWords, Walk, Walking, Young, Zap, ZapWalk, Zapped,
 };
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -267,6 +266,16 @@ impl<Page: VmaPage> SecondaryMmu for UffdMmu<Page> {
 
     // A read fault maps its whole page writable.
     const LOGS_WRITES: bool = false;
+
+    fn check_slot(&self, slot: &Memslot) -> Result<(), SlotError> {
+        let (hvas, mapping, page_bytes) = (slot.hvas(), self.mapping.range(), self.page_size().bytes());
+        let is_whole = |hva: Hva| hva.as_u64().is_multiple_of(page_bytes);
+        if mapping.covers(hvas) && is_whole(hvas.start) && is_whole(hvas.end) {
+            Ok(())
+        } else {
+            Err(SlotError::NotOfMapping { id: slot.id, hvas, mapping, page_bytes })
+        }
+    }
 
     fn block(&self, slot: &Memslot, gfn: Gfn) -> Block {
         // Guest frames need not be aligned as the pages behind them are.

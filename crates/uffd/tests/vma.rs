@@ -7,9 +7,10 @@ mod facility;
 use std::sync::Arc;
 
 use afterimage_mmu::{
-    Gfn, GuestMmu, Initially, LogBy, Memslot, PageRef, PageSize, PageUse, Pfn, Policy, SlotError, SlotFlags,
-    SlotId, SpaceId,
+    FRAME_BYTES, Gfn, GuestMmu, HvaRange, Initially, LogBy, Memslot, PageRef, PageSize, PageUse, Pfn, Policy,
+    SlotError, SlotFlags, SlotId, SpaceId,
 };
+use afterimage_testing::HugePages;
 use afterimage_uffd::{Backing, Features, Mapping, Place, UffdError, UffdMmu, VmaPage};
 use facility::uffd;
 
@@ -64,6 +65,48 @@ impl VmaPage for NoPage {
     fn place(&self) -> Place<'_> {
         Place::Mapped
     }
+}
+
+#[test]
+fn memslots_are_whole_pages_of_the_mapping() {
+    let Some(pool) = HugePages::claim("memslots of whole pages", 2) else { return };
+    for (page_size, frames) in [(PageSize::Size4K, 4), (PageSize::Size2M, 1024)] {
+        let bytes = frames * FRAME_BYTES;
+        let mapping = Arc::new(Mapping::anonymous(bytes, page_size).expect("memory"));
+        let Some(uffd) = uffd("memslots", Features::PAGEFAULT_FLAG_WP) else { return };
+        let tables = UffdMmu::<NoPage>::new(Arc::clone(&mapping), Backing::Anonymous, vec![uffd], 1);
+        let mmu = GuestMmu::new(tables.expect("they fit"), Policy::default());
+        let (start, page) = (mapping.range().start, page_size.frames());
+        let create = |first: u64, frames: u64| {
+            let slot = Memslot::new(SlotId(0), Gfn::new(1), frames, start + first * FRAME_BYTES);
+            mmu.create_slot(slot).and_then(|()| mmu.delete_slot(SpaceId(0), SlotId(0)))
+        };
+        for (first, count) in [(0, frames), (0, page), (frames - page, page)] {
+            assert_eq!(create(first, count), Ok(()), "{page_size:?}: {count} from {first} on");
+        }
+        let refused = SlotError::NotOfMapping {
+            id: SlotId(0),
+            hvas: HvaRange::new(start, start + (bytes + FRAME_BYTES)),
+            mapping: mapping.range(),
+            page_bytes: page_size.bytes(),
+        };
+        assert_eq!(create(0, frames + 1), Err(refused), "{page_size:?}");
+        for (first, count) in [(frames, page), (frames - page, 2 * page), (4 * frames, page)] {
+            let refused = create(first, count);
+            assert!(matches!(refused, Err(SlotError::NotOfMapping { .. })), "{page_size:?}: {refused:?}");
+        }
+        for (first, count) in [(0, page / 2), (page / 2, page / 2), (page / 2, page)] {
+            let is_whole = first.is_multiple_of(page) && count.is_multiple_of(page);
+            if page > 1 && !is_whole {
+                let refused = create(first, count);
+                assert!(matches!(refused, Err(SlotError::NotOfMapping { .. })), "{page_size:?}: {refused:?}");
+            }
+        }
+        // Guest frames elsewhere are the same memory.
+        mmu.create_slot(Memslot::new(SlotId(0), Gfn::new(1), page, start)).expect("nothing is there");
+        assert_eq!(mmu.move_slot(SpaceId(0), SlotId(0), Gfn::new(7)), Ok(()));
+    }
+    drop(pool);
 }
 
 #[test]

@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use afterimage_mmu::{
-    Access, Age, Blocking, Fault, FaultKind, FaultOutcome, Found, Gfn, Memslot, PageSize, Pfn, SlotFlags,
-    SlotId, SpaceId, Young, Zap,
+    Access, Age, Blocking, Fault, FaultKind, FaultOutcome, Found, Gfn, GfnRange, Memslot, PageSize, Pfn,
+    SlotError, SlotFlags, SlotId, SpaceId, Young, Zap,
 };
 use afterimage_stage2::{Format, Translation, Writable};
 
@@ -148,4 +148,34 @@ pub(crate) fn under_fire<F: Format>() {
     assert_eq!(fault(&mut vcpu, &ram, 4096, Access::READ), FaultOutcome::Fixed);
     assert_eq!(leaf_of(&mmu, 4096).map(|leaf| leaf.writable), Some(Writable::HostOnly));
     assert!(matches!(fault(&mut vcpu, &ram, 4096, Access::WRITE), FaultOutcome::Emulate(_)));
+}
+
+/// Only memslots that the tables can translate, in address spaces that they have; and what is refused leaves things as they were.
+pub(crate) fn slots_in_reach<F: Format>() {
+    let (mmu, _memory) = machine::<F>(16, PageSize::Size4K);
+    let ram = Ram::new(16, 16);
+    let mut vcpu = mmu.vcpu();
+    let end = 1 << (F::GPA_BITS - 12);
+    let slot = |space: u16, base: u64, frames: u64| Memslot {
+        space: SpaceId(space),
+        ..Memslot::new(SlotId(7), Gfn::new(base), frames, BASE)
+    };
+    for (base, frames) in [(end - 15, 16), (end, 16), (end + 512, 16), (end - 1, end)] {
+        let gfns = GfnRange::new(Gfn::new(base), Gfn::new(base + frames));
+        let refused = SlotError::BeyondTables { id: SlotId(7), gfns, bits: F::GPA_BITS };
+        assert_eq!(mmu.create_slot(slot(0, base, frames)), Err(refused));
+    }
+    assert_eq!(
+        mmu.create_slot(slot(2, 0, 16)),
+        Err(SlotError::NoTables { id: SlotId(7), space: SpaceId(2) })
+    );
+
+    // The last frame is in reach; what cannot be moved stays, and stays mapped.
+    assert_eq!(mmu.create_slot(slot(0, end - 16, 16)), Ok(()));
+    assert_eq!(fault(&mut vcpu, &ram, end - 1, Access::WRITE), FaultOutcome::Fixed);
+    let refused = mmu.move_slot(SpaceId(0), SlotId(7), Gfn::new(end - 15));
+    assert!(matches!(refused, Err(SlotError::BeyondTables { .. })), "{refused:?}");
+    assert_eq!(translate(&mmu, end - 1, Access::WRITE), Translation::Frame(Pfn::new(15)));
+    assert_eq!(mmu.move_slot(SpaceId(0), SlotId(7), Gfn::new(end - 32)), Ok(()));
+    assert_eq!(translate(&mmu, end - 1, Access::WRITE), Translation::Fault(Found::Absent));
 }
