@@ -19,7 +19,7 @@ use afterimage_uffd::{Place, VmaPage};
 use super::backing::WriteError;
 use super::buffer::Buffer;
 use super::pages::PageLock;
-use super::{MemoryObject, Moved, State};
+use super::{MemoryObject, State};
 use crate::error::MemoryError;
 use crate::source::Content;
 
@@ -185,8 +185,7 @@ impl MemoryObject {
         loop {
             match self.bring(index, patience) {
                 // The system has run out of memory, or of huge pages, before the budget has. Nothing goes for what nobody waits for.
-                Err(FaultInError::NoMemory)
-                    if fault.kind == FaultKind::Demand && self.make_room()?.frames > 0 => {}
+                Err(FaultInError::NoMemory) if fault.kind == FaultKind::Demand && self.make_room() => {}
                 brought => return brought.map(|held| self.held_page(frame, held)),
             }
         }
@@ -202,11 +201,9 @@ impl MemoryObject {
         if self.is_anonymous() { Held::Mapped } else { Held::Cached }
     }
 
-    fn make_room(&self) -> Result<Moved, FaultInError<PageError>> {
-        match self.reclaim() {
-            Err(MemoryError::StoreFull { .. }) => Ok(Moved::default()),
-            moved => moved.map_err(failed),
-        }
+    /// Whether a page has gone. Why none can is no matter of the fault's: it waits for memory.
+    fn make_room(&self) -> bool {
+        self.reclaim().is_ok_and(|moved| moved.frames > 0)
     }
 
     /// One try to make the page resident.
@@ -217,7 +214,7 @@ impl MemoryObject {
         // Nothing is held yet: a discard of this page need not wait for the device.
         let read = (word.peek() == State::Source).then(|| self.produce(page, State::Source, &mut buffer));
         // Before the page is locked: making room locks others.
-        let reserved = self.reserve().map_err(failed)?;
+        let reserved = self.reserve();
         let lock = match patience {
             Patience::NoWait => word.try_lock().ok_or(FaultInError::WouldWait)?,
             Patience::Interruptible => word.lock(),

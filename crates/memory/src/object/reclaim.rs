@@ -10,11 +10,13 @@
 //! # Who makes room
 //!
 //! [`MemoryObject::reclaim`] evicts one batch; a thread of the owner's calls it while [`MemoryObject::is_over_budget`]. A fault that
-//! finds the budget and one batch more used up calls it itself, so the bound holds without that thread too. Only where the store
-//! is full, and no page can go, the fault takes its page beyond the bound: the guest goes on, and nothing is lost.
+//! finds the budget and one batch more used up calls it itself, so the bound holds without that thread too. Only where no
+//! page can go, since the store is full or an eviction fails, the fault takes its page beyond the bound: the guest goes on, and
+//! nothing is lost.
 
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use afterimage_mmu::{Age, Pfn, PfnRange, Young};
 
@@ -23,6 +25,10 @@ use super::{MemoryObject, Moved, ObjectOptions};
 use crate::error::MemoryError;
 use crate::object::moves::Victims;
 
+/// Faults try no eviction for so long after one has failed: it is an invalidation that disturbs the guest in vain, and that may
+/// have the very fault retried that tries it.
+const BACK_OFF: Duration = Duration::from_millis(100);
+
 #[derive(Debug)]
 pub(crate) struct Budget {
     /// Pages that may be resident.
@@ -30,12 +36,26 @@ pub(crate) struct Budget {
     batch: u64,
     /// Where the clock hand is, a page's index.
     hand: Mutex<usize>,
+    /// When an eviction for a fault has failed last.
+    failed: Mutex<Option<Instant>>,
 }
 
 impl Budget {
     pub(super) fn new(options: &ObjectOptions) -> Self {
         let pages = options.resident_bytes.unwrap_or(options.bytes) / options.page_size.bytes();
-        Self { pages, batch: options.batch_pages.min(pages), hand: Mutex::new(0) }
+        Self { pages, batch: options.batch_pages.min(pages), hand: Mutex::new(0), failed: Mutex::new(None) }
+    }
+
+    fn failed(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.failed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn note_failure(&self) {
+        *self.failed() = Some(Instant::now());
+    }
+
+    fn is_stuck(&self) -> bool {
+        self.failed().is_some_and(|failed| failed.elapsed() < BACK_OFF)
     }
 }
 
@@ -65,8 +85,9 @@ impl MemoryObject {
             && self.resident.load(Relaxed) + self.budget.batch.div_ceil(2) > self.budget.pages
     }
 
-    /// Takes a place in the budget, making room if there is none. The caller holds no page.
-    pub(super) fn reserve(&self) -> Result<Reserved<'_>, MemoryError> {
+    /// Takes a place in the budget, making room if there is none, or beyond the budget where no page can go. The caller holds no
+    /// page.
+    pub(super) fn reserve(&self) -> Reserved<'_> {
         let bound = self.budget.pages + self.budget.batch;
         let mut most = bound;
         loop {
@@ -74,16 +95,23 @@ impl MemoryObject {
             if let Ok(before) = taken {
                 self.peak.fetch_max(before + 1, Relaxed);
                 self.counters.beyond_budget.fetch_add(u64::from(before >= bound), Relaxed);
-                return Ok(Reserved { object: self });
+                return Reserved { object: self };
+            }
+            if self.budget.is_stuck() {
+                most = u64::MAX;
+                continue;
             }
             self.counters.direct_reclaims.fetch_add(1, Relaxed);
             match self.reclaim() {
                 // All are locked, by faults that are about to finish.
                 Ok(Moved { frames: 0 }) => rustix::thread::sched_yield(),
                 Ok(_) => {}
-                // No page can go.
                 Err(MemoryError::StoreFull { .. }) => most = u64::MAX,
-                Err(error) => return Err(error),
+                // That is another page's trouble; who calls `reclaim` is told.
+                Err(_) => {
+                    self.budget.note_failure();
+                    most = u64::MAX;
+                }
             }
         }
     }

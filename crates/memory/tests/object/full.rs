@@ -1,6 +1,9 @@
-//! When the store is full.
+//! When no page can go: the store is full, or an eviction fails.
+
+#![expect(unsafe_code, reason = "memory is locked by address")]
 
 use afterimage_memory::{Kind, MemoryError};
+use rustix::mm::MlockFlags;
 
 use crate::support::{BACKINGS, Machine, Setup, Stamps, stamp};
 
@@ -62,4 +65,31 @@ fn a_full_store_disturbs_no_guest_and_takes_pages_again_when_some_have_left() {
         assert_eq!((machine.read(5), machine.read(6)), (50, 0));
         machine.stop_clean();
     }
+}
+
+/// Memory that somebody locks later cannot be freed page by page. (A memory file's pages can.)
+#[test]
+fn a_guest_goes_on_where_no_page_can_go() {
+    let source = Stamps::new(PAGES);
+    let setup = Setup::new("locked memory", afterimage_uffd::Backing::Anonymous, PAGES).source(&source);
+    let Some(machine) = (Setup { budget: Some(BUDGET), batch: BATCH, ..setup }).start() else { return };
+    let range = machine.mapping.range();
+    let at = core::ptr::with_exposed_provenance_mut(range.start.as_u64() as usize);
+    // SAFETY: the mapping is that long, and locking changes no contents.
+    unsafe { rustix::mm::mlock_with(at, range.len() as usize, MlockFlags::ONFAULT) }.expect("256 KiB");
+    for page in 0..PAGES {
+        machine.write(page, page);
+    }
+    for page in 0..PAGES {
+        assert_eq!(machine.read(page), page);
+    }
+    machine.wait_resident(PAGES - 1);
+    let refused = machine.object.reclaim().expect_err("locked pages stay");
+    assert!(refused.to_string().contains("MADV_DONTNEED"), "{refused}");
+    let stats = machine.stats();
+    assert_eq!((stats.of(Kind::Evict).frames, stats.poisoned), (0, 0), "{stats:?}");
+    assert_eq!(stats.resident_bytes, PAGES * 4096);
+    assert!(stats.beyond_budget > 0, "{stats:?}");
+    assert_eq!(machine.store_frames(), 0, "what stays is stored nowhere else");
+    machine.stop_clean();
 }
