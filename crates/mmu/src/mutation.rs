@@ -121,6 +121,8 @@ pub enum Mutation {
     FreeWithoutQuiescence,
     /// Roots are replaced, and no vCPU is asked to reload.
     ReloadLeftOut,
+    /// A new vCPU enters the guest with the root that was read before it was made.
+    NewVcpuKeepsRoot,
     /// vCPUs are asked to reload before the roots are replaced.
     ReloadBeforeSwap,
     /// A flush leaves out the last frame of its range.

@@ -40,12 +40,16 @@ impl<S: SecondaryMmu> fmt::Debug for Vcpu<'_, S> {
 }
 
 impl<S: SecondaryMmu> GuestMmu<S> {
-    /// A new vCPU. Its number is the lowest that is free. Read the root that it walks from after this: only a vCPU that exists
-    /// is asked to reload before a root is freed.
+    /// A new vCPU. Its number is the lowest that is free. It is to load a root before it enters the guest
+    /// ([`RELOAD_ROOTS`](Requests::RELOAD_ROOTS)): one that was read before may be freed, since only a vCPU that exists is waited for.
     pub fn vcpu(&self) -> Vcpu<'_, S> {
+        let shared = self.vcpus.register();
+        if !mutation::active(Mutation::NewVcpuKeepsRoot) {
+            shared.owe(Requests::RELOAD_ROOTS);
+        }
         Vcpu {
             mmu: self,
-            shared: self.vcpus.register(),
+            shared,
             cache: S::Cache::default(),
             near: 0,
             ring: None,

@@ -36,7 +36,8 @@ bitflags::bitflags! {
     pub struct Requests: u32 {
         /// Forget all cached translations, or what [`Vcpu::take_flush`](crate::Vcpu::take_flush) says.
         const FLUSH_TLB = 1;
-        /// Drop roots that were invalidated, load new ones, and forget everything that was cached below the old.
+        /// Drop roots that were invalidated, load new ones, and forget everything that was cached below the old. Asked of each new
+        /// vCPU, too.
         const RELOAD_ROOTS = 2;
         /// Just leave the guest.
         const STOP = 4;
@@ -106,6 +107,11 @@ impl VcpuShared {
         if mode == EXITING && !mutation::active(Mutation::LeaveWithoutWake) {
             P::wake_all(&self.handshake.mode);
         }
+    }
+
+    /// Has the vCPU itself serve `requests` before it enters the guest. It is outside.
+    pub(crate) fn owe(&self, requests: Requests) {
+        self.handshake.requests.fetch_or(requests.bits(), Ordering::Relaxed);
     }
 
     /// Takes the requests that wait. They must be served before the guest is entered.

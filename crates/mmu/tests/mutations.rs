@@ -5,7 +5,8 @@
 //! `ReaderIgnoresWriter`, `WriterIgnoresReaders`, `AnnounceWithoutFence`, `ClearWithoutFence`, `DrainWithoutFence`,
 //! `FreeWithoutQuiescence`, `FlushWidenedLate`, `ReloadBeforeSwap`, `EndRangesFirst`, `VerifyLooksOnce`, `SlotsFreedUnderEvents`,
 //! `GiveBackWithoutFence`, `ProtectBeforeTake`, `MarkBeforeInstall`, and all of the `…WithoutWake` and `…Relaxed`. The
-//! `Discard…`, `Evict…` and `FreeUnstored` belong to the crate that owns the pages, `FlushKeepsTables`, `ReloadLeftOut`, `WrittenForgotten`,
+//! `Discard…`, `Evict…` and `FreeUnstored` belong to the crate that owns the pages, `FlushKeepsTables`, `ReloadLeftOut`,
+//! `NewVcpuKeepsRoot`, `WrittenForgotten`,
 //! `RingResetUnprotected` and `FastFaultUnlogged` to the one that has tables.
 #![cfg(not(loom))]
 

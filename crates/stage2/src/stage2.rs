@@ -145,9 +145,8 @@ impl<F: Format, H: Host> Stage2<F, H> {
         self.spaces.get(usize::from(space.0))
     }
 
-    /// The first frame of the root of address space `space`, for the register that hardware walks from. To be asked for
-    /// a vCPU that exists, and again when its requests to reload are served: a root that was read before the vCPU was made may be
-    /// freed, and nobody is asked.
+    /// The first frame of the root of address space `space`, for the register that hardware walks from. To be asked when a
+    /// vCPU's request to reload is served, of which each has one before it first enters the guest: any other time may be too early.
     pub fn root(&self, space: SpaceId) -> Option<Pfn> {
         self.spaces.get(usize::from(space.0)).map(Tables::root)
     }

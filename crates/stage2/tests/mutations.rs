@@ -59,6 +59,8 @@ rules! {
     pointers_to_tables_are_flushed: FlushKeepsTables of engine is noticed by large::flushes_say_what_went::<X86>;
     an_old_root_is_reloaded: ReloadLeftOut of engine is noticed by
         roots::who_is_in_the_guest_reloads_first::<X86>;
+    a_new_vcpu_loads_a_root: NewVcpuKeepsRoot of engine is noticed by
+        roots::who_is_in_the_guest_reloads_first::<X86>;
     guests_notice_an_old_root: ReloadLeftOut of engine is noticed in roots::replaced_under_fire::<X86>;
     an_old_root_is_freed_after_the_reload: FreeBeforeReload of tables is noticed by
         roots::who_is_in_the_guest_reloads_first::<X86>;

@@ -85,9 +85,10 @@ fn a_guest_against_a_reload() {
     let mmu = machine();
     let other = Arc::clone(&mmu);
     let guest = thread::spawn(move || {
-        let vcpu = other.vcpu();
+        // Before there is a vCPU that could be waited for.
         let mut root = other.secondary().current();
-        for _ in 0..2 {
+        let vcpu = other.vcpu();
+        for _ in 0..3 {
             let requests = match vcpu.enter_guest() {
                 Ok(()) => {
                     other.secondary().walk(root);
@@ -127,6 +128,7 @@ fn loom_an_old_root_is_freed_when_nobody_uses_it() {
 #[test]
 fn loom_each_rule_of_a_reload_is_needed() {
     fails_without(Mutation::ReloadLeftOut, RACE, 3, a_guest_against_a_reload);
+    fails_without(Mutation::NewVcpuKeepsRoot, RACE, 3, a_guest_against_a_reload);
     fails_without(Mutation::ReloadBeforeSwap, RACE, 3, a_guest_against_a_reload);
     fails_without(Mutation::KickWithoutAck, RACE, 3, a_guest_against_a_reload);
     fails_without(Mutation::FreeWithoutQuiescence, RACE, 3, a_walk_against_a_reload);

@@ -205,6 +205,7 @@ pub(crate) fn flushes_say_what_went<F: Format>() {
     let (mmu, _) = machine::<F>(1024, PageSize::Size2M);
     let ram = Ram::in_blocks(1024, 0, PageSize::Size2M);
     let mut vcpu = mmu.vcpu();
+    assert_eq!(vcpu.leave_guest(), Requests::RELOAD_ROOTS, "it has no root yet");
     for gfn in [512, 1024] {
         assert_eq!(fault(&mut vcpu, &ram, gfn, Access::READ), FaultOutcome::Fixed);
     }

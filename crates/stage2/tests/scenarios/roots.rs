@@ -76,7 +76,8 @@ pub(crate) fn who_is_in_the_guest_reloads_first<F: Format>() {
             assert_eq!(fault(&mut vcpu, &ram, gfn, Access::READ), FaultOutcome::Fixed);
         }
         let pages = memory.pages();
-        vcpu.enter_guest().expect("nothing was requested");
+        assert_eq!(vcpu.enter_guest(), Err(Requests::RELOAD_ROOTS), "it has no root yet");
+        vcpu.enter_guest().expect("nothing else was requested");
         let (left, kicked, during) = std::thread::scope(|scope| {
             let zapping = scope.spawn(|| mmu.zap_all());
             while !vcpu.is_kicked() && !zapping.is_finished() {
