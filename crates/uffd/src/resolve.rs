@@ -128,7 +128,8 @@ impl Uffd {
     }
 
     /// Makes the absent pages of `range` raise SIGBUS (`BUS_MCEERR_AR`) when touched; in KVM a guest's machine check.
-    /// A poisoned page still counts as absent: a COPY heals it, and so does a zap.
+    /// A poisoned page still counts as absent: a COPY heals it, and so does a zap. An absent page of shared memory that is
+    /// [write-protected](Self::write_protect) counts as [`Present`](Resolved::Present) until the protection is lifted.
     pub fn poison(&self, range: HvaRange, wake: Wake) -> Result<Resolved, UffdError> {
         let resolved = self.poison_once(range, wake)?;
         self.wake_if_present(range, wake, resolved)

@@ -181,7 +181,7 @@ impl<Page> UffdMmu<Page> {
     }
 
     /// Poisons the page at `range`, whatever the protocol says: for faults that nothing else can end. A page that is there
-    /// by now needs no poison, and its waiters have been woken. Who waits for a page that somebody has unmapped, or mapped
+    /// by now, protected or not, needs no poison, and its waiters have been woken. Who waits for a page that somebody has unmapped, or mapped
     /// over, is woken, too, and finds what is there now.
     pub(crate) fn poison_at(&self, range: HvaRange) -> Result<Mapped, UffdError> {
         let poisoned = self.on_part(range, Operation::Poison, |uffd| uffd.poison(range, Wake::Now));
@@ -209,10 +209,22 @@ impl<Page> UffdMmu<Page> {
         }
     }
 
+    /// Poisons the page at `range`, which no invalidation covers. A checkpoint that did has left marks of its protection
+    /// where no page is, in shared memory, which the kernel takes for pages: they go first, as they do from a page that is
+    /// there.
+    fn poison_fresh(&self, _fresh: &Fresh<'_>, range: HvaRange) -> Result<Mapped, UffdError> {
+        if self.backing == Backing::Shared {
+            // What stands in its way stands in the poison's, which tells of it.
+            let _ =
+                self.on_part(range, Operation::WriteProtect, |uffd| uffd.write_unprotect(range, Wake::Later));
+        }
+        self.poison_at(range)
+    }
+
     /// Poisons the page at `range` because of `error`. Here, with the witness still held: later a discard could have made
     /// zeros of it, and they would be poisoned.
-    fn fail_closed(&self, range: HvaRange, error: UffdError) -> Result<Mapped, UffdError> {
-        match self.poison_at(range)? {
+    fn fail_closed(&self, fresh: &Fresh<'_>, range: HvaRange, error: UffdError) -> Result<Mapped, UffdError> {
+        match self.poison_fresh(fresh, range)? {
             Mapped::Fixed => Err(error),
             there => Ok(there),
         }
@@ -304,15 +316,15 @@ impl<Page: VmaPage> SecondaryMmu for UffdMmu<Page> {
                 uffd.continue_minor(range, Protection::Writable, Wake::Now)
             }),
             // There is nothing to install. Poison goes over no page that is there, so one call tells.
-            Place::Mapped => return self.fail_closed(range, UffdError::Dropped { range }),
+            Place::Mapped => return self.fail_closed(&fresh, range, UffdError::Dropped { range }),
         };
-        mapped.or_else(|error| self.fail_closed(range, error))
+        mapped.or_else(|error| self.fail_closed(&fresh, range, error))
     }
 
     fn poison(&self, fresh: Fresh<'_>, slot: &Memslot, gfn: Gfn) -> Result<Mapped, UffdError> {
         let page_gfns = self.page_of(slot, gfn);
         debug_assert!(fresh.range().covers(page_gfns), "the verdict is about other frames");
-        self.poison_at(slot.hvas_of(page_gfns))
+        self.poison_fresh(&fresh, slot.hvas_of(page_gfns))
     }
 
     fn zap(&self, slot: &Memslot, gfns: GfnRange, zap: Zap, walk: &mut ZapWalk<'_, Self>) {

@@ -3,7 +3,8 @@
 use std::sync::atomic::Ordering::Relaxed;
 
 use afterimage_memory::{MemoryError, State};
-use afterimage_mmu::{FRAME_BYTES, FaultError};
+use afterimage_mmu::{FRAME_BYTES, FaultError, PageSize};
+use afterimage_testing::HugePages;
 use afterimage_uffd::{Backing, UffdError, punch_hole};
 
 use crate::support::{BACKINGS, Machine, Setup, Stamps, stamp};
@@ -120,6 +121,42 @@ fn a_shared_page_that_someone_punched_out_is_poisoned_and_no_zeros() {
         assert_eq!(machine.read(1), 0);
     }
     assert!(machine.stop().iter().all(|report| matches!(report.error, FaultError::CannotMap { .. })));
+}
+
+/// A checkpoint protects also what is not mapped, and the kernel takes its marks for pages where poison is to go.
+#[test]
+fn a_page_that_was_protected_while_it_was_not_mapped_can_be_poisoned() {
+    let source = Stamps::new(4);
+    let setup = Setup::new("protected, lost", Backing::Shared, 4).source(&source);
+    let Some(machine) = setup.start() else { return };
+    machine.read(1);
+    machine.read(2);
+    machine.evict(machine.pages(2, 3));
+    machine.object.protect(machine.all(), |_, _| ()).expect("a checkpoint");
+    // One that was never touched, one that is resident, and one that is stored.
+    source.broken.lock().expect("broken").insert(0);
+    punch_hole(machine.object.file().expect("a file"), FRAME_BYTES, FRAME_BYTES).expect("a hole");
+    assert!(machine.object.corrupt_stored(machine.pages(2, 3).start));
+    for page in 0..3 {
+        machine.assert_poisoned(page);
+    }
+    assert_eq!(machine.read(3), stamp(3));
+    let lost: Vec<_> = machine.stop().iter().map(|report| report.gfn.as_u64()).collect();
+    assert_eq!(lost, [0, 1, 2], "each is told once");
+}
+
+#[test]
+fn a_huge_page_that_was_protected_while_it_was_not_mapped_can_be_poisoned() {
+    const FRAMES: u64 = 512;
+    let Some(_pool) = HugePages::claim("protected, lost", 2) else { return };
+    let source = Stamps::new(2 * FRAMES);
+    let setup = Setup::new("protected, lost", Backing::Shared, 2).source(&source);
+    let Some(machine) = (Setup { page_size: PageSize::Size2M, ..setup }).start() else { return };
+    machine.object.protect(machine.all(), |_, _| ()).expect("a checkpoint");
+    source.broken.lock().expect("broken").insert(FRAMES);
+    machine.assert_poisoned(1);
+    assert_eq!(machine.read(0), stamp(0));
+    assert_eq!(machine.stop().len(), 1);
 }
 
 /// The eviction reads the page. It must get an error, and not wait for a fault that waits for the eviction.
