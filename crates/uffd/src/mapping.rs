@@ -179,14 +179,19 @@ impl Mapping {
         Some(unsafe { AtomicU64::from_ptr(self.as_ptr().add(offset as usize).cast()) })
     }
 
-    /// Drops the pages of `range` (`MADV_DONTNEED`): anonymous ones are freed and read as zeros, or are MISSING;
-    /// shared ones stay in the page cache and are MINOR.
+    /// Drops the pages of `range` (`MADV_DONTNEED`, and where memory is locked `MADV_DONTNEED_LOCKED`): anonymous ones are
+    /// freed and read as zeros, or are MISSING; shared ones stay in the page cache and are MINOR.
     ///
     /// # Errors
     ///
-    /// [`UffdError::OutOfMapping`]; [`UffdError::Advise`].
+    /// [`UffdError::OutOfMapping`]; [`UffdError::Advise`]: pages before the one that could not be dropped have gone.
     pub fn zap(&self, range: HvaRange) -> Result<(), UffdError> {
-        self.advise(range, Advice::LinuxDontNeed, "MADV_DONTNEED")
+        match self.advise(range, Advice::LinuxDontNeed, "MADV_DONTNEED") {
+            Err(UffdError::Advise { errno: Errno::INVAL, .. }) => {
+                self.advise(range, Advice::LinuxDontneedLocked, "MADV_DONTNEED_LOCKED")
+            }
+            done => done,
+        }
     }
 
     /// Frees the pages of `range` in a shared mapping's file (`MADV_REMOVE`), and so in all mappings of it.

@@ -98,12 +98,13 @@ impl<Page> fmt::Debug for UffdMmu<Page> {
 
 impl<Page> UffdMmu<Page> {
     /// Registers `mapping` with `uffds`, each for an equal share of its pages, in MISSING, WP and, for shared memory, MINOR
-    /// mode. `workers` threads can later serve it.
+    /// mode. `workers` threads can later serve it. Pages that are in it already (of locked memory: all) are dropped: what a
+    /// page holds is for the primary MMU to say.
     ///
     /// # Errors
     ///
     /// [`UffdError::NoParts`] for more descriptors than pages, none, or no worker; [`UffdError::Register`];
-    /// [`UffdError::Advise`] if the mapping's pages cannot be dropped (locked memory); [`UffdError::Descriptor`] if there is
+    /// [`UffdError::Advise`] if the mapping's pages cannot be dropped (sealed memory); [`UffdError::Descriptor`] if there is
     /// no room for the doorbells.
     pub fn new(
         mapping: Arc<Mapping>,
@@ -129,8 +130,8 @@ impl<Page> UffdMmu<Page> {
             mapping.register_part(&uffd, range, modes)?;
             parts.push(Part { range, uffd });
         }
-        // Locked memory, for one, cannot be unmapped: say so now.
-        mapping.zap(mapping.pages(0, 1).expect("a mapping has a page"))?;
+        // Also tells now, and not under `mmu_lock`, of memory that cannot be taken away.
+        mapping.zap(mapping.range())?;
         let doorbells = (0..workers).map(|_| Doorbell::new()).collect::<Result<_, _>>()?;
         Ok(Self { mapping, backing, parts: parts.into(), doorbells, page: PhantomData })
     }

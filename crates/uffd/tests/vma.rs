@@ -11,7 +11,10 @@ use afterimage_mmu::{
     SlotError, SlotFlags, SlotId, SpaceId,
 };
 use afterimage_testing::HugePages;
-use afterimage_uffd::{Backing, Features, Mapping, Place, UffdError, UffdMmu, VmaPage};
+use afterimage_uffd::{
+    Backing, Features, Mapping, PageCategories, PageQuery, PageRegion, Pagemap, Place, UffdError, UffdMmu,
+    VmaPage,
+};
 use facility::uffd;
 
 fn tables(mapping: &Arc<Mapping>, descriptors: usize, workers: usize) -> Option<Result<(), UffdError>> {
@@ -21,13 +24,23 @@ fn tables(mapping: &Arc<Mapping>, descriptors: usize, workers: usize) -> Option<
 }
 
 #[test]
-fn locked_memory_is_refused_since_it_could_not_be_taken_away() {
+fn locked_memory_is_taken_without_the_pages_that_it_came_with() {
     let bytes = PageSize::Size4K.bytes() * 4;
     let mapping = Arc::new(Mapping::anonymous(bytes, PageSize::Size4K).expect("memory"));
     // SAFETY: the mapping is that long, and locking changes no contents.
     unsafe { rustix::mm::mlock(mapping.as_ptr().cast(), bytes as usize) }.expect("16 KiB may be locked");
-    let Some(refused) = tables(&mapping, 1, 1) else { return };
-    assert!(matches!(refused, Err(UffdError::Advise { .. })), "{refused:?}");
+    assert_eq!(present(&mapping), [mapping.range()]);
+    let Some(taken) = tables(&mapping, 2, 1) else { return };
+    taken.expect("locked memory can be taken away");
+    assert_eq!(present(&mapping), []);
+}
+
+/// Which pages a read would find.
+fn present(mapping: &Mapping) -> Vec<HvaRange> {
+    let pagemap = Pagemap::of_self().expect("pagemap");
+    let mut regions = [PageRegion::EMPTY; 4];
+    let mut scan = pagemap.scan(mapping.range(), PageQuery::all_of(PageCategories::PRESENT));
+    scan.fill(&mut regions).expect("a scan").iter().map(PageRegion::range).collect()
 }
 
 #[test]

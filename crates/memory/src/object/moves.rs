@@ -130,18 +130,30 @@ impl MemoryObject {
         let _ = self.lose(frames, &page.lock, error);
     }
 
-    /// Frees locked resident pages, run by run, and moves them to `state`. On an error the rest stays resident.
+    /// Frees locked resident pages, run by run, and moves them to `state`. What cannot be freed stays resident, and the first
+    /// error tells of it.
     fn free(&self, pages: &[Locked<'_>], state: State, moved: &mut Moved) -> Result<(), MemoryError> {
+        let mut result = Ok(());
         for run in pages.chunk_by(|a, b| a.index + 1 == b.index) {
-            let frames =
-                PfnRange::new(self.page_at(run[0].index).start, self.page_at(run[run.len() - 1].index).end);
-            self.memory.free(frames)?;
-            for page in run {
-                page.lock.set(state);
+            if self.free_run(run, state, moved).is_err() {
+                // A part of it may have gone.
+                for page in run.chunks(1) {
+                    result = result.and(self.free_run(page, state, moved));
+                }
             }
-            self.unreserve(run.len() as u64);
-            moved.frames += frames.len();
         }
+        result
+    }
+
+    fn free_run(&self, run: &[Locked<'_>], state: State, moved: &mut Moved) -> Result<(), MemoryError> {
+        let frames =
+            PfnRange::new(self.page_at(run[0].index).start, self.page_at(run[run.len() - 1].index).end);
+        self.memory.free(frames)?;
+        for page in run {
+            page.lock.set(state);
+        }
+        self.unreserve(run.len() as u64);
+        moved.frames += frames.len();
         Ok(())
     }
 

@@ -1,11 +1,9 @@
 //! When no page can go: the store is full, or an eviction fails.
 
-#![expect(unsafe_code, reason = "memory is locked by address")]
-
 use afterimage_memory::{Kind, MemoryError};
-use rustix::mm::MlockFlags;
 
 use crate::support::{BACKINGS, Machine, Setup, Stamps, stamp};
+use crate::tampered::seal;
 
 const PAGES: u64 = 64;
 const BUDGET: u64 = 8;
@@ -67,24 +65,22 @@ fn a_full_store_disturbs_no_guest_and_takes_pages_again_when_some_have_left() {
     }
 }
 
-/// Memory that somebody locks later cannot be freed page by page. (A memory file's pages can.)
+/// Memory that somebody has sealed cannot be freed page by page. (A memory file's pages can.)
 #[test]
 fn a_guest_goes_on_where_no_page_can_go() {
     let source = Stamps::new(PAGES);
-    let setup = Setup::new("locked memory", afterimage_uffd::Backing::Anonymous, PAGES).source(&source);
+    let setup = Setup::new("sealed memory", afterimage_uffd::Backing::Anonymous, PAGES).source(&source);
     let Some(machine) = (Setup { budget: Some(BUDGET), batch: BATCH, ..setup }).start() else { return };
-    let range = machine.mapping.range();
-    let at = core::ptr::with_exposed_provenance_mut(range.start.as_u64() as usize);
-    // SAFETY: the mapping is that long, and locking changes no contents.
-    unsafe { rustix::mm::mlock_with(at, range.len() as usize, MlockFlags::ONFAULT) }.expect("256 KiB");
-    for page in 0..PAGES {
-        machine.write(page, page);
+    if !seal(&machine, 0, PAGES) {
+        return;
     }
-    for page in 0..PAGES {
-        assert_eq!(machine.read(page), page);
+    for _ in 0..2 {
+        for page in 0..PAGES {
+            assert_eq!(machine.read(page), stamp(page));
+        }
     }
     machine.wait_resident(PAGES - 1);
-    let refused = machine.object.reclaim().expect_err("locked pages stay");
+    let refused = machine.object.reclaim().expect_err("sealed pages stay");
     assert!(refused.to_string().contains("MADV_DONTNEED"), "{refused}");
     let stats = machine.stats();
     assert_eq!((stats.of(Kind::Evict).frames, stats.poisoned), (0, 0), "{stats:?}");

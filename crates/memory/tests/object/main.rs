@@ -11,3 +11,4 @@ mod model;
 mod moves;
 mod races;
 mod scarce;
+mod tampered;
