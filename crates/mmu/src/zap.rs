@@ -182,14 +182,18 @@ impl<'m, S: SecondaryMmu> ZapWalk<'m, S> {
             };
         }
         self.count();
-        let started = S::Platform::now_ns();
         let (mmu, retired) = (self.mmu, mem::replace(&mut self.retired, Retired::none()));
+        let mut wanted_ns = 0;
         self.guard.bump_with(|| {
             free(mmu, retired);
             meanwhile();
+            wanted_ns = S::Platform::now_ns();
         });
         counters.yields.fetch_add(1, Ordering::Relaxed);
-        counters.lock_wait_ns.fetch_add(S::Platform::now_ns().saturating_sub(started), Ordering::Relaxed);
+        if let Reason::Waiters = reason {
+            counters.yields_to_waiters.fetch_add(1, Ordering::Relaxed);
+        }
+        counters.lock_wait_ns.fetch_add(S::Platform::now_ns().saturating_sub(wanted_ns), Ordering::Relaxed);
     }
 
     /// Runs `replace`, which puts new roots in the place of the old, and returns when no vCPU uses those, nor anything that it
@@ -305,7 +309,6 @@ impl<'w, S: SecondaryMmu> Steps<'w, '_, S> {
     #[inline]
     fn who_wants_a_break(&self) -> Option<Reason> {
         if self.yielding == YieldPolicy::OnContention && self.guard.is_contended() {
-            self.mmu.counters.yields_to_waiters.fetch_add(1, Ordering::Relaxed);
             return Some(Reason::Waiters);
         }
         let is_wanted = self.yielding != YieldPolicy::Never && S::Platform::resched_wanted();

@@ -161,6 +161,7 @@ tests! {
         nothing_is_owed_while_the_lock_is_given_up,
         a_second_invalidation_during_a_yield_may_free_the_page,
         the_range_stays_refused_during_a_yield,
+        a_cpu_given_away_is_no_wait_for_the_lock,
         + a_waiting_fault_gets_the_lock_between_two_entries,
     }
 }

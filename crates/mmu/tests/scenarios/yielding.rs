@@ -4,6 +4,7 @@ use core::cell::{Cell, RefCell};
 use core::sync::atomic::{AtomicU64, Ordering};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 use afterimage_mmu::{Access, Blocking, FaultOutcome, Found, Gfn, Policy, SpaceId, YieldPolicy, Zap};
 
@@ -11,7 +12,7 @@ use crate::support::frames::Frames;
 use crate::support::gate::{Finished, Gate, Parks};
 use crate::support::hooks::Point;
 use crate::support::machine::{Guest, Machine, both};
-use crate::support::platform::{forget_resched, tell_when_parked, want_resched};
+use crate::support::platform::{forget_resched, let_pass, tell_when_parked, want_resched};
 use crate::support::table::Entry;
 
 fn yielding(yielding: YieldPolicy) -> Machine {
@@ -142,4 +143,17 @@ pub(crate) fn the_range_stays_refused_during_a_yield() {
     drop(machine.invalidate(3, 6));
     forget_resched();
     assert_eq!(machine.mmu.invalidation_stats().yields, 3);
+}
+
+/// What others do meanwhile, and the CPU that they have, is no wait for the lock.
+pub(crate) fn a_cpu_given_away_is_no_wait_for_the_lock() {
+    let machine = yielding(YieldPolicy::OnResched);
+    let mut guest = machine.guest();
+    guest.read_all(0..4);
+    want_resched(|| let_pass(Duration::from_millis(1)));
+    drop(machine.invalidate(0, 4));
+    forget_resched();
+    let stats = machine.mmu.invalidation_stats();
+    assert_eq!(stats.yields, 4);
+    assert!(stats.lock_wait_ns < 1_000_000, "no more than readings of the clock: {stats:?}");
 }

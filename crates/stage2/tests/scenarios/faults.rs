@@ -141,6 +141,8 @@ pub(crate) fn under_fire<F: Format>() {
         }
     });
     assert_eq!(ram.held.load(Ordering::Relaxed), 0, "every page reference came back");
+    let stats = mmu.invalidation_stats();
+    assert!(stats.yields_to_waiters <= stats.yields, "{stats:?}");
     let read_only =
         Memslot { flags: SlotFlags::READ_ONLY, ..Memslot::new(SlotId(1), Gfn::new(4096), 4, BASE) };
     mmu.create_slot(read_only).expect("nothing is there");
