@@ -9,7 +9,6 @@ use crate::active::ActiveEvents;
 use crate::addr::{Gfn, GfnRange};
 use crate::block::Block;
 use crate::dirty_ring::DirtyRing;
-use crate::flush::Flush;
 use crate::host::{Blocking, SecondaryMmu};
 use crate::intent::Barrier;
 use crate::invalidation::{Invalidations, SequenceScope};
@@ -21,7 +20,7 @@ use crate::slots::{Memslot, SlotError, SlotFlags, SlotId, SlotSet, SlotState, Sp
 use crate::stats::{FaultStats, InvalidationCounters, InvalidationStats};
 use crate::sync::{AtomicPtr, AtomicU32, CachePadded, Ordering, ParkWord, Shared};
 use crate::turns::Turns;
-use crate::vcpu_words::VcpuWords;
+use crate::vcpu_words::{Requests, VcpuWords};
 use crate::zap::ZapWalk;
 
 bitflags::bitflags! {
@@ -111,8 +110,9 @@ pub struct GuestMmu<S: SecondaryMmu> {
     /// Bumped by every end, for those who wait for one. Bit 0: someone does.
     ended: CachePadded<ParkWord>,
     released: AtomicU32,
-    /// Whether a walk ended in a panic with a flush owed. Under `mmu_lock`, so not the engine's own atomics: no part of any protocol.
-    owes_flush: core::sync::atomic::AtomicBool,
+    /// Requests that a walk owed the vCPUs when it ended in a panic. Under `mmu_lock`, so not the engine's own atomics: no part of any
+    /// protocol.
+    owed: core::sync::atomic::AtomicU32,
     /// The rings of the vCPUs that have one.
     pub(crate) rings: Shared<S::Platform, Vec<Arc<DirtyRing>>>,
     /// Counts of vCPUs that are gone.
@@ -149,7 +149,7 @@ impl<S: SecondaryMmu> GuestMmu<S> {
             updates: Shared::new(()),
             ended: CachePadded(ParkWord::new(0)),
             released: AtomicU32::new(0),
-            owes_flush: core::sync::atomic::AtomicBool::new(false),
+            owed: core::sync::atomic::AtomicU32::new(0),
             rings: Shared::new(Vec::new()),
             retired: Shared::new(FaultStats::default()),
         }
@@ -249,20 +249,22 @@ impl<S: SecondaryMmu> GuestMmu<S> {
         guard
     }
 
-    /// What is owed since a walk ended in a panic. The caller holds `mmu_lock` for write.
-    pub(crate) fn take_over_flush(&self) -> Flush {
-        let owes = self.owes_flush.load(core::sync::atomic::Ordering::Relaxed);
-        if owes && !mutation::active(Mutation::PanicForgetsFlush) {
-            self.owes_flush.store(false, core::sync::atomic::Ordering::Relaxed);
-            return Flush::EVERYTHING;
+    /// What is owed since a walk ended in a panic. The caller holds `mmu_lock` for write, and pays.
+    #[inline]
+    pub(crate) fn take_over_debt(&self) -> Requests {
+        let owed = self.owed.load(core::sync::atomic::Ordering::Relaxed);
+        if owed == 0 || mutation::active(Mutation::PanicForgetsDebt) {
+            return Requests::empty();
         }
-        Flush::NOTHING
+        self.owed.store(0, core::sync::atomic::Ordering::Relaxed);
+        Requests::from_bits_retain(owed)
     }
 
-    /// Leaves a flush to whoever holds `mmu_lock` for write next.
+    /// Leaves a debt to whoever holds `mmu_lock` for write next. The caller holds it.
     #[cold]
-    pub(crate) fn leave_flush(&self) {
-        self.owes_flush.store(true, core::sync::atomic::Ordering::Relaxed);
+    pub(crate) fn leave_debt(&self, requests: Requests) {
+        let owed = self.owed.load(core::sync::atomic::Ordering::Relaxed);
+        self.owed.store(owed | requests.bits(), core::sync::atomic::Ordering::Relaxed);
     }
 
     /// The address space is gone: drops every translation and refuses all further faults, those that are under way too.

@@ -115,8 +115,10 @@ pub enum Mutation {
     GiveBackWithoutWake,
     /// A claim is given back without the barrier before the look for who waits.
     GiveBackWithoutFence,
-    /// A walk that ends in a panic takes the flush that it owes with it.
-    PanicForgetsFlush,
+    /// Frames whose writes are noticed by marks are protected for the log without a look at the marks.
+    TrackingForgetsMarks,
+    /// A walk that ends in a panic takes what it owes the vCPUs with it: a flush, a reload.
+    PanicForgetsDebt,
     /// A table is freed without waiting for those who walk.
     FreeWithoutQuiescence,
     /// Roots are replaced, and no vCPU is asked to reload.

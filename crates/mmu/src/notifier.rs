@@ -30,7 +30,7 @@ use crate::invalidation::Begun;
 use crate::mmu_lock::Witness;
 use crate::mutation::{self, Mutation};
 use crate::platform::Platform;
-use crate::slots::SlotSet;
+use crate::slots::{Memslot, SlotFlags, SlotSet};
 use crate::sync::Ordering;
 use crate::zap::ZapWalk;
 
@@ -87,7 +87,7 @@ impl<S: SecondaryMmu> GuestMmu<S> {
                 if mutation::active(Mutation::ZapForgetsLastFrame) {
                     gfns.end = gfns.start + (gfns.len() - 1);
                 }
-                self.secondary().zap(slot, gfns, zap, &mut walk);
+                self.secondary().zap(slot, gfns, kept_in_log(slot, zap), &mut walk);
             }
             walk.finish();
         }
@@ -143,6 +143,20 @@ impl<S: SecondaryMmu> GuestMmu<S> {
     /// The memslots that an event must look at: those to come, read first, and those that are.
     fn event_sets(&self) -> [Option<&SlotSet>; 2] {
         [self.coming_set(), Some(self.slot_set())]
+    }
+}
+
+/// What is protected for the log is taken for logged. Where writes are noticed by marks, the marks must be looked at, as they are
+/// when the page is asked for again.
+fn kept_in_log(slot: &Memslot, zap: Zap) -> Zap {
+    match zap {
+        Zap::TrackDirty
+            if slot.flags.contains(SlotFlags::LOG_BY_MARKS)
+                && !mutation::active(Mutation::TrackingForgetsMarks) =>
+        {
+            Zap::WriteProtect
+        }
+        other => other,
     }
 }
 

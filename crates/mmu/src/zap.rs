@@ -108,6 +108,8 @@ pub struct ZapWalk<'m, S: SecondaryMmu> {
     blocking: Blocking,
     yielding: YieldPolicy,
     unflushed: Flush,
+    /// Roots were replaced, and not every vCPU has been asked to reload.
+    owes_reload: bool,
     /// Frames whose translations went, and that the shared counter lacks: to add there costs as much as the zap of an entry.
     uncounted: u64,
     retired: Retired<S>,
@@ -140,13 +142,21 @@ impl<'m, S: SecondaryMmu> ZapWalk<'m, S> {
             Blocking::Forbidden if mutation::active(Mutation::NonBlockableYields) => mmu.policy().yielding,
             Blocking::Forbidden => YieldPolicy::Never,
         };
-        let (unflushed, retired) = (mmu.take_over_flush(), Retired::none());
-        Self { mmu, guard, blocking, yielding, unflushed, uncounted: 0, retired, reason: Reason::Own }
+        let debt = mmu.take_over_debt();
+        let unflushed = if debt.is_empty() { Flush::NOTHING } else { Flush::EVERYTHING };
+        let owes_reload = debt.contains(Requests::RELOAD_ROOTS);
+        let (retired, reason) = (Retired::none(), Reason::Own);
+        let mut walk =
+            Self { mmu, guard, blocking, yielding, unflushed, owes_reload, uncounted: 0, retired, reason };
+        if owes_reload {
+            walk.reload();
+        }
+        walk
     }
 
     /// The right to follow links, since the lock is held, and what the steps of the walk are reported to meanwhile.
     pub fn parts(&mut self) -> (Walking<'_>, Steps<'_, 'm, S>) {
-        let Self { mmu, guard, blocking, yielding, unflushed, uncounted, retired, reason } = self;
+        let Self { mmu, guard, blocking, yielding, unflushed, uncounted, retired, reason, .. } = self;
         let guard = &*guard;
         let (blocking, yielding) = (*blocking, *yielding);
         let steps = Steps { mmu, guard, blocking, yielding, unflushed, uncounted, retired, reason };
@@ -206,6 +216,7 @@ impl<'m, S: SecondaryMmu> ZapWalk<'m, S> {
         if early {
             self.reload();
         }
+        self.owes_reload = true;
         replace();
         if !early {
             self.reload();
@@ -214,12 +225,12 @@ impl<'m, S: SecondaryMmu> ZapWalk<'m, S> {
     }
 
     fn reload(&mut self) {
-        if mutation::active(Mutation::ReloadLeftOut) {
-            return;
-        }
         let mmu = self.mmu;
-        mmu.vcpus.request_and_wait(Requests::RELOAD_ROOTS, |vcpu| mmu.secondary().kick(vcpu));
-        self.unflushed = Flush::NOTHING;
+        if !mutation::active(Mutation::ReloadLeftOut) {
+            mmu.vcpus.request_and_wait(Requests::RELOAD_ROOTS, |vcpu| mmu.secondary().kick(vcpu));
+            self.unflushed = Flush::NOTHING;
+        }
+        self.owes_reload = false;
     }
 
     /// Flushes (rule F1), gives up the lock, and frees what was unlinked.
@@ -243,10 +254,13 @@ impl<'m, S: SecondaryMmu> ZapWalk<'m, S> {
 }
 
 impl<S: SecondaryMmu> Drop for ZapWalk<'_, S> {
-    /// A host's function that panics leaves a flush owed: whoever holds the lock next pays.
+    /// A host's function that panics leaves a debt: whoever holds the lock next pays.
     fn drop(&mut self) {
-        if !self.unflushed.is_nothing() {
-            self.mmu.leave_flush();
+        let mut debt = Requests::empty();
+        debt.set(Requests::FLUSH_TLB, !self.unflushed.is_nothing());
+        debt.set(Requests::RELOAD_ROOTS, self.owes_reload);
+        if !debt.is_empty() {
+            self.mmu.leave_debt(debt);
         }
     }
 }

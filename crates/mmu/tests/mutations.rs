@@ -104,7 +104,7 @@ rules! {
         invalidation::when_it_has_begun_nothing_maps_the_range,
         invalidation::each_round_shows_the_page_of_that_round,
         memslots::dirty_logging_protects_what_is_mapped;
-    a_panic_keeps_the_flush: PanicForgetsFlush is noticed by
+    a_panic_keeps_the_flush: PanicForgetsDebt is noticed by
         invalidation::a_panic_in_a_zap_leaves_only_its_flush;
     who_may_not_block_does_not: NonBlockableYields is noticed by
         yielding::who_may_not_block_never_yields;

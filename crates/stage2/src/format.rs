@@ -53,7 +53,7 @@ pub enum MemoryType {
     WriteBack,
     /// Ordinary memory, not cached; writes may be combined.
     Uncached,
-    /// Registers: not cached, not combined, not reordered.
+    /// Registers: not cached, not reordered, and not combined unless the guest asks for that (with EPT, by its PAT).
     Device,
 }
 

@@ -92,7 +92,8 @@ impl<M: TableMemory> Default for TableCache<M> {
 }
 
 impl<M: TableMemory> TableCache<M> {
-    /// Makes sure that `count` (at most 4) pages are at hand; `false` if there are not so many, and for another memory than before.
+    /// Makes sure that `count` (at most 4) pages are at hand; `false` if there are not so many. Pages of another memory than before are
+    /// found out when they are to be filled up, or taken ([`MapError::NoTable`](crate::MapError::NoTable)).
     #[inline]
     pub fn top_up(&mut self, memory: &M, count: usize) -> bool {
         // Whose they are is looked at by who fills it and by who takes one: both are rare.

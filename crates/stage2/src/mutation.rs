@@ -28,6 +28,8 @@ pub enum Mutation {
     CollapseLosesDirty,
     /// A split forgets that the large page was written.
     SplitLosesDirty,
+    /// What is frozen stays so when a flush ends in a panic.
+    PanicStaysFrozen,
     /// An install takes a frozen entry for an absent one.
     FrozenOverwritten,
     /// A zap passes a frozen entry by.

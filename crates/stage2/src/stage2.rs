@@ -19,7 +19,7 @@
 //!
 //! A frame whose content is lost stays absent: every access of it faults, and the primary MMU says so again each time. A
 //! vCPU whose hardware caches translations that forbid (Arm, RISC-V) forgets its own for the address when a fault on a
-//! present entry is fixed, by anyone.
+//! present entry is fixed, by anyone; on RISC-V on an absent one, too, since hardware without Svvptc may cache that nothing is there.
 
 mod large;
 mod nx;

@@ -70,6 +70,7 @@ use crate::sync::{AtomicU64, Ordering, Word};
 
 pub use error::MapError;
 pub(crate) use reach::TableRef;
+pub(crate) use remove::Next;
 pub use remove::Removed;
 pub use split::Split;
 pub use walk::{Translation, Walked};
@@ -138,8 +139,7 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
     /// Tables that one install links at most: one for each level below the root.
     pub(crate) const MOST_LINKED: usize = F::ROOT_LEVEL.number() as usize - 1;
 
-    /// Refills a cache with the pages that one install can link, one for each level below the root; `false` if there is no memory, or
-    /// the cache is for tables in another one. Before the critical section (KVM: `mmu_topup_memory_caches`).
+    /// Refills a cache with the pages that one install can link, one for each level below the root; `false` if there is no memory. Before the critical section (KVM: `mmu_topup_memory_caches`).
     #[inline]
     pub fn top_up(&self, cache: &mut TableCache<M>) -> bool {
         cache.top_up(&self.memory, Self::MOST_LINKED)

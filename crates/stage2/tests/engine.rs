@@ -13,16 +13,16 @@ macro_rules! every_format {
             use super::*;
 
             every_format!(@tests $format:
-                faults::one_by_one, faults::under_fire, faults::slots_in_reach, yields::between_any_two_leaves,
+                faults::one_by_one, faults::under_fire, faults::slots_in_reach, yields::between_any_two_leaves, yields::between_large_pages,
                 large::huge_pages, large::split_and_recover, large::faults_split, large::mixed_blocks, large::never_executable, large::recovered_never_executable,
                 large::neighbours_are_verified, large::marks_are_kept, large::flushes_say_what_went, large::tables_outlive_walks,
                 near::tables_that_went_are_not_used, near::spaces_are_not_mixed_up,
                 nx::recovered, nx::logged_blocks_stay, nx::gone_blocks, nx::recovered_under_fire,
                 roots::nothing_is_left, roots::a_large_root_goes_in_steps, roots::who_is_in_the_guest_reloads_first,
                 roots::old_roots_outlive_walks, roots::marks_outlive_roots, roots::without_memory_roots_stay,
-                roots::replaced_under_fire,
+                roots::replaced_under_fire, roots::a_panic_leaves_the_reload_owed,
                 dirty::rounds, dirty::rounds_flush, dirty::by_hand, dirty::all_set, dirty::rings, dirty::written_and_gone,
-                dirty::zaps_log_before_they_give_way, dirty::by_marks,
+                dirty::zaps_log_before_they_give_way, dirty::by_marks, dirty::large_pages_by_marks, dirty::marks_outlive_tracking, dirty::large_pages_come_back,
                 dirty::copies_by_protection, dirty::copies_by_marks, dirty::copies_by_ring);
         })*
     };
@@ -48,5 +48,5 @@ mod frozen {
 
     every_format!(@tests Vmsa<40>:
         frozen::installs_back_off, frozen::zaps_wait, frozen::zaps_follow_splits, frozen::zaps_keep_late_marks,
-        frozen::no_leaf_becomes_another, nx::a_removal_breaks_first);
+        frozen::no_leaf_becomes_another, frozen::a_panic_leaves_nothing_frozen, nx::a_removal_breaks_first);
 }

@@ -59,6 +59,11 @@ rules! {
     pointers_to_tables_are_flushed: FlushKeepsTables of engine is noticed by large::flushes_say_what_went::<X86>;
     an_old_root_is_reloaded: ReloadLeftOut of engine is noticed by
         roots::who_is_in_the_guest_reloads_first::<X86>;
+    a_panic_leaves_the_reload_owed: PanicForgetsDebt of engine is noticed by
+        roots::a_panic_leaves_the_reload_owed::<X86>;
+    a_panic_leaves_nothing_frozen: PanicStaysFrozen of tables is noticed by
+        frozen::a_panic_leaves_nothing_frozen::<Arm>;
+    marks_outlive_tracking: TrackingForgetsMarks of engine is noticed by dirty::marks_outlive_tracking::<X86>;
     a_new_vcpu_loads_a_root: NewVcpuKeepsRoot of engine is noticed by
         roots::who_is_in_the_guest_reloads_first::<X86>;
     guests_notice_an_old_root: ReloadLeftOut of engine is noticed in roots::replaced_under_fire::<X86>;

@@ -190,3 +190,26 @@ fn no_zap_loses_a_dirty_mark() {
         assert!(!was_written || last.writable == Writable::Dirty, "{last:?} was written");
     }
 }
+
+/// There are pages for one way down. Who has split, and finds it collapsed again, needs another: that is a race that was lost.
+#[test]
+fn a_way_down_that_was_cut_off_is_a_lost_race() {
+    let (tables, _) = tables::<Sv39x4>();
+    let mut cache = TableCache::default();
+    assert!(tables.top_up(&mut cache));
+    let huge = Leaf { execute: Execute::Never, ..leaf(3 << 18, PageSize::Size1G, Writable::Dirty) };
+    let gfn = Gfn::new(5);
+    assert_eq!(tables.map(gfn, huge, &mut cache), Ok(Mapped::Fixed));
+    let wanted = page((3 << 18) + 5);
+    let none = tables.map(gfn, wanted, &mut TableCache::default());
+    assert!(matches!(none, Err(MapError::NoTable(_))), "nothing was topped up: {none:?}");
+    for region in (1..).take(cache.len() - 1) {
+        let elsewhere = leaf(region << 18, PageSize::Size2M, Writable::Dirty);
+        assert_eq!(tables.map(Gfn::new(region << 18), elsewhere, &mut cache), Ok(Mapped::Fixed));
+    }
+    assert_eq!(cache.len(), 1);
+    assert_eq!(tables.map(gfn, wanted, &mut cache), Ok(Mapped::LostRace));
+    assert!(tables.top_up(&mut cache));
+    assert_eq!(tables.map(gfn, wanted, &mut cache), Ok(Mapped::Fixed));
+    assert_eq!(tables.translate(gfn, Access::EXEC), Translation::Frame(Pfn::new((3 << 18) + 5)));
+}

@@ -13,7 +13,7 @@ use crate::format::{Entry, Format};
 use crate::leaves::Step;
 use crate::memory::TableCache;
 use crate::mutation::Mutation;
-use crate::tables::{MapError, Split};
+use crate::tables::{MapError, Next, Split};
 
 /// Why a splitting walk stopped.
 enum Stop {
@@ -121,16 +121,18 @@ impl<F: Format, H: Host> Stage2<F, H> {
         let Some(tables) = self.tables(slot.space, walking) else { return Turn::GoOn };
         let Some(below) = Level::new(size.level().number() - 1) else { return Turn::GoOn };
         let most = self.most_executable(Mutation::RecoveredExecutable);
-        while steps.room() > 0
-            && let Some(gfns) = tables.next_table(*left, below)
-        {
-            left.start = gfns.end;
-            let backing = match tables.walk(gfns.start).entry {
-                Entry::Leaf(leaf) => self.host.block(leaf.pfn),
-                _ => PageSize::Size4K,
+        while steps.room() > 0 {
+            let (gfns, is_table) = match tables.next_table(*left, below) {
+                Next::Table(gfns) => (gfns, true),
+                Next::Gap(gap) => (gap, false),
+                Next::End => break,
             };
-            if self.may_recover(slot, gfns.start, size, backing)
+            left.start = gfns.end;
+            // Covered first of all: the host is not asked about what it is changing.
+            if is_table
                 && !steps.is_covered(gfns)
+                && let Entry::Leaf(leaf) = tables.walk(gfns.start).entry
+                && self.may_recover(slot, gfns.start, size, self.host.block(leaf.pfn))
                 && let Some(removed) =
                     tables.collapse(gfns.start, size, most, |gfns| steps.flush_now(Flush::with_tables(gfns)))
                 && let Some(table) = removed.table

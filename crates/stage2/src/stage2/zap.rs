@@ -22,7 +22,7 @@ use crate::format::{Format, Writable};
 use crate::leaves::{Change, LeafEntry, Step};
 use crate::memory::TableMemory;
 use crate::mutation::{self, Mutation};
-use crate::tables::Tables;
+use crate::tables::{Next, Tables};
 
 /// Whose leaves and tables are taken away.
 pub(super) enum Of<'t, F: Format, M: TableMemory> {
@@ -70,7 +70,8 @@ impl<F: Format, H: Host> Stage2<F, H> {
         }
     }
 
-    /// Takes the marks of past writes; each is `written`.
+    /// Takes the marks of past writes; each is `written`. A large page has one mark for all its frames, so it is protected instead: the
+    /// next write splits it, and from then on each frame has its own.
     pub(super) fn clean_leaves(
         &self,
         slot: &Memslot,
@@ -78,14 +79,18 @@ impl<F: Format, H: Host> Stage2<F, H> {
         walk: &mut ZapWalk<'_, Self>,
         written: &mut dyn FnMut(GfnRange),
     ) {
-        self.each_leaf(&Of::Space(slot.space), slot, gfns, walk, |entry, _| match entry.clean() {
-            Change::Did(leaf) if leaf.writable == Writable::Dirty => {
-                written(entry.gfns());
-                Change::Did(leaf)
+        self.each_leaf(&Of::Space(slot.space), slot, gfns, walk, |entry, _| {
+            let is_large = entry.gfns().len() > 1;
+            let before = if is_large { entry.write_protect(Writable::Protected) } else { entry.clean() };
+            match before {
+                Change::Did(leaf) if leaf.writable == Writable::Dirty => {
+                    written(entry.gfns());
+                    Change::Did(leaf)
+                }
+                // Nothing is cached that is not so.
+                Change::Did(_) if !is_large => Change::Gone,
+                other => unless_unwritable(other),
             }
-            // Nothing is cached that is not so.
-            Change::Did(_) => Change::Gone,
-            other => other,
         });
     }
 
@@ -166,9 +171,18 @@ impl<F: Format, H: Host> Stage2<F, H> {
     ) -> Turn {
         let (walking, mut steps) = walk.parts();
         let Some(tables) = self.tables_of(of, walking) else { return Turn::GoOn };
-        while steps.room() > 0
-            && let Some(gfns) = tables.next_table(*left, level)
-        {
+        while steps.room() > 0 {
+            let gfns = match tables.next_table(*left, level) {
+                Next::Table(gfns) => gfns,
+                Next::Gap(gap) => {
+                    left.start = gap.end;
+                    if steps.step(gap, Zapped::Nothing) == Turn::GiveWay {
+                        return Turn::GiveWay;
+                    }
+                    continue;
+                }
+                Next::End => break,
+            };
             left.start = gfns.end;
             let flush = |gfns| match faults {
                 Faults::GoOn => steps.flush_now(Flush::with_tables(gfns)),

@@ -11,7 +11,7 @@
 
 use afterimage_mmu::{Gfn, GfnRange, PageSize, Pfn};
 
-use super::freeze::publish;
+use super::freeze::{Undo, publish};
 use super::split::smaller;
 use super::{Removed, Tables, entry_block};
 use crate::format::{Entry, Execute, Format, Leaf};
@@ -21,8 +21,9 @@ use crate::sync::Ordering;
 
 impl<F: Format, M: TableMemory> Tables<F, M> {
     /// Puts one leaf of `size` in the place of the table around `gfn`, if its leaves are contiguous, and equal but for their
-    /// marks. It allows of fetching what they do, and `most` at most. The table is unlinked; no frame is taken away. `None`: it
-    /// is as it was, with no mark less.
+    /// marks and for what a dirty log has protected, which must be over: any part that may be written makes all of it so. It allows of
+    /// fetching what they do, and `most` at most. The table is unlinked; no frame is taken away. `None`: it is as it was, with no
+    /// mark less.
     ///
     /// Source: Linux `recover_huge_pages_range`.
     ///
@@ -51,7 +52,7 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
         };
         F::encode_leaf(Leaf { size, ..first }).ok()?;
         let fits = |index: usize, said: Entry| match said {
-            Entry::Leaf(leaf) => (leaf.without_marks() == part(index).without_marks()).then_some(leaf),
+            Entry::Leaf(leaf) => (leaf.unlogged() == part(index).unlogged()).then_some(leaf),
             _ => None,
         };
         // A look before anything is touched: most tables do not fit.
@@ -98,7 +99,12 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
         }
         self.end_era();
         if F::BREAK_BEFORE_MAKE {
+            let undo = Undo::new(|| {
+                give_back(child.entries().len(), large);
+                publish(place.entry, place.raw);
+            });
             flush(gfns);
+            undo.forget();
             publish(place.entry, raw);
         }
         Some(Removed { gfns, frames: 0, table: Some(table) })

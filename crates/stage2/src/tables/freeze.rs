@@ -51,3 +51,25 @@ impl<F: Format, M: TableMemory> TableRef<'_, F, M> {
 pub(super) fn publish(entry: &AtomicU64, raw: u64) {
     entry.store(raw, mutation::unless(Mutation::PublishRelaxed, Ordering::Release));
 }
+
+/// Gives back what this thread froze, should a flush in between end in a panic: a frozen entry has everyone else wait.
+pub(super) struct Undo<F: FnMut()>(F);
+
+impl<F: FnMut()> Undo<F> {
+    pub(super) fn new(undo: F) -> Self {
+        Self(undo)
+    }
+
+    /// There was no panic.
+    pub(super) fn forget(self) {
+        core::mem::forget(self);
+    }
+}
+
+impl<F: FnMut()> Drop for Undo<F> {
+    fn drop(&mut self) {
+        if !mutation::active(Mutation::PanicStaysFrozen) {
+            (self.0)();
+        }
+    }
+}

@@ -47,10 +47,13 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
         let Entry::Leaf(mut wanted) = F::decode(raw, level) else {
             unreachable!("a leaf that was encoded is a leaf");
         };
+        let mut has_split = false;
         loop {
             let raw = F::encode_leaf(wanted)?;
-            let Some(place) = self.descend(gfn, wanted.size.level(), cache)? else {
-                return Ok(Mapped::LostRace);
+            let place = match self.descend(gfn, wanted.size.level(), cache) {
+                Ok(Some(place)) => place,
+                Ok(None) => return Ok(Mapped::LostRace),
+                Err(error) => return lost_if_split(has_split, error),
             };
             match place.said() {
                 Entry::Absent | Entry::Mmio(_) => return Ok(place.exchange(raw)),
@@ -62,9 +65,10 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
                     Upgrade::None => return Ok(Mapped::Spurious),
                     Upgrade::To(leaf) => return Ok(place.exchange(F::encode_leaf(leaf)?)),
                     Upgrade::Smaller if F::BREAK_BEFORE_MAKE => return Ok(Mapped::LargerLeaf),
-                    Upgrade::Smaller => match self.split_at(place, found, gfn, cache, |_| ())? {
-                        Split::Done(_) => {}
-                        Split::NotLarge | Split::LostRace => return Ok(Mapped::LostRace),
+                    Upgrade::Smaller => match self.split_at(place, found, gfn, cache, |_| ()) {
+                        Ok(Split::Done(_)) => has_split = true,
+                        Ok(Split::NotLarge | Split::LostRace) => return Ok(Mapped::LostRace),
+                        Err(error) => return lost_if_split(has_split, error),
                     },
                 },
                 Entry::Foreign => return Err(foreign(gfn, &place)),
@@ -109,6 +113,14 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
             cache.put_back(child);
         }
         Ok(linked?)
+    }
+}
+
+/// Pages for tables are there for one way down. Who has split and needs another was overtaken by one who collapsed what was split.
+fn lost_if_split(has_split: bool, error: MapError) -> Result<Mapped, MapError> {
+    match error {
+        MapError::NoTable(_) if has_split => Ok(Mapped::LostRace),
+        error => Err(error),
     }
 }
 

@@ -11,7 +11,7 @@
 
 use afterimage_mmu::{Gfn, GfnRange, Level, Pfn};
 
-use super::freeze::publish;
+use super::freeze::{Undo, publish};
 use super::reach::Place;
 use super::{NO_ROOT, Tables, entry_block};
 use crate::format::{Entry, Format};
@@ -31,20 +31,36 @@ pub struct Removed {
     pub table: Option<Pfn>,
 }
 
+/// What a look for a table found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Next {
+    /// One that translates these frames.
+    Table(GfnRange),
+    /// None in these frames; there may be one behind them.
+    Gap(GfnRange),
+    /// None.
+    End,
+}
+
+/// Entries that are looked at in one go: those of a table, which is a step that is short.
+const LOOKS: usize = 512;
+
 impl<F: Format, M: TableMemory> Tables<F, M> {
-    /// The frames of the first table of `level` (no root) that lies within `gfns` as a whole; `None` if there is none.
-    pub fn next_table(&self, gfns: GfnRange, level: Level) -> Option<GfnRange> {
+    /// The first table of `level` (no root) that lies within `gfns` as a whole, as far as some 512 looks go.
+    pub(crate) fn next_table(&self, gfns: GfnRange, level: Level) -> Next {
         let gfns = gfns.intersection(self.reach());
         let mut at = gfns.start;
-        while at < gfns.end {
-            let (place, below) = self.link_above(at, level)?;
+        for _ in 0..LOOKS {
+            let Some((place, below)) = self.link_above(at, level).filter(|_| at < gfns.end) else {
+                return Next::End;
+            };
             let block = entry_block(at, place.level);
             if below.is_some() && gfns.covers(block) {
-                return Some(block);
+                return Next::Table(block);
             }
             at = block.end;
         }
-        None
+        Next::Gap(GfnRange::new(gfns.start, at.min(gfns.end)))
     }
 
     /// Unlinks the table of `level` around `gfn` with every leaf in it, unless tables lie below it. `None`: there is no such
@@ -70,9 +86,11 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
         let nothing = |_| F::ABSENT;
         let breaks = F::BREAK_BEFORE_MAKE && !mutation::active(Mutation::UnlinkWithoutBreak);
         if let Err(stopped) = frozen {
+            let undo = Undo::new(|| child.thaw(stopped.at, nothing));
             if breaks && frames > 0 {
                 flush(gfns);
             }
+            undo.forget();
             child.thaw(stopped.at, nothing);
             return Some(Removed { gfns, frames, table: None });
         }
@@ -80,13 +98,19 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
             child.thaw(child.entries().len(), nothing);
         }
         let next = if breaks { F::FROZEN } else { F::ABSENT };
-        let unlinked = place.entry.compare_exchange(place.raw, next, Ordering::Relaxed, Ordering::Relaxed);
+        // Release: who installs in a table that is linked here later has seen what was done before this one went.
+        let unlinked = place.entry.compare_exchange(place.raw, next, Ordering::Release, Ordering::Relaxed);
         if unlinked.is_ok() {
             self.end_era();
         }
         match unlinked {
             Ok(_) if breaks => {
+                let undo = Undo::new(|| {
+                    child.thaw(child.entries().len(), nothing);
+                    publish(place.entry, place.raw);
+                });
                 flush(gfns);
+                undo.forget();
                 publish(place.entry, F::ABSENT);
             }
             Ok(_) => {}

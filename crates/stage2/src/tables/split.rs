@@ -7,7 +7,7 @@
 
 use afterimage_mmu::{Gfn, GfnRange, PageSize, Pfn};
 
-use super::freeze::publish;
+use super::freeze::{Undo, publish};
 use super::reach::Place;
 use super::{MapError, Tables, entry_block};
 use crate::format::{Entry, Format, Leaf, Writable};
@@ -91,7 +91,13 @@ impl<F: Format, M: TableMemory> Tables<F, M> {
             }
         }
         if breaks {
+            let undo = Undo::new(|| {
+                publish(place.entry, place.raw);
+                self.empty(page, &place);
+                cache.put_back(page);
+            });
             flush(entry_block(gfn, place.level));
+            undo.forget();
             publish(place.entry, link);
         }
         Ok(Split::Done(small))

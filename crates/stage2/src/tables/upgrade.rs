@@ -77,6 +77,14 @@ impl Leaf {
         Self { writable, accessed: true, ..self }
     }
 
+    /// The same, with both marks where nothing but a dirty log that is over forbids them.
+    pub(super) fn unlogged(self) -> Self {
+        match self.writable {
+            Writable::Protected => Self { writable: Writable::Dirty, accessed: true, ..self },
+            _ => self.without_marks(),
+        }
+    }
+
     /// What either allows.
     fn merged(self, other: Self) -> Self {
         Self {

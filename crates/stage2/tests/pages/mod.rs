@@ -257,24 +257,26 @@ impl Pages {
         is_large
     }
 
-    /// One page in the place of 512, if they are all there, lie in a row, and allow the same; it allows fetching only if
-    /// `executable`.
+    /// One page in the place of 512, if they are all there, lie in a row, and allow the same but for what only a dirty log forbids; it
+    /// allows fetching only if `executable`.
     pub(crate) fn collapse(&mut self, gfn: u64, executable: bool) -> bool {
         let frames = block(gfn)..block(gfn) + BLOCK;
         let Some(first) = self.get(frames.start).filter(|page| !page.is_large) else { return false };
         let fits = |gfn: u64| {
             let lies_next = |page: Page| page.pfn == first.pfn + (gfn - frames.start);
-            self.get(gfn).is_some_and(|page| lies_next(page) && page.allows_as(first))
+            let unlogged = |page: Page| Page { write: page.write || page.ours, ..page };
+            self.get(gfn).is_some_and(|page| lies_next(page) && unlogged(page).allows_as(unlogged(first)))
         };
         if !first.pfn.is_multiple_of(BLOCK) || !frames.clone().all(fits) {
             return false;
         }
+        let write = frames.clone().any(|gfn| self.pages[&gfn].write);
         let dirty = frames.clone().any(|gfn| self.pages[&gfn].dirty);
         let young = frames.clone().any(|gfn| self.pages[&gfn].young);
         for gfn in frames.clone() {
             let page = self.pages.get_mut(&gfn).expect("all are there");
             let (kernel, user) = (page.kernel && executable, page.user && executable);
-            *page = Page { is_large: true, dirty, young, kernel, user, ..*page };
+            *page = Page { is_large: true, write, dirty, young, kernel, user, ..*page };
         }
         self.tables.remove(&frames.start)
     }

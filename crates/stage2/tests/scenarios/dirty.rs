@@ -256,6 +256,73 @@ pub(crate) fn by_marks<F: Format>() {
     assert_eq!(take(&mmu), [3]);
 }
 
+/// A large page has one mark for all its frames: only the first time it tells of all of them.
+pub(crate) fn large_pages_by_marks<F: Format>() {
+    if !F::HAS_DIRTY {
+        return;
+    }
+    let (mmu, _) = machine::<F>(1024, PageSize::Size2M);
+    let ram = Ram::in_blocks(1024, 0, PageSize::Size2M);
+    let mut vcpu = mmu.vcpu();
+    for block in [0, 512] {
+        assert_eq!(fault(&mut vcpu, &ram, FIRST + block, Access::WRITE), FaultOutcome::Fixed);
+    }
+    mmu.start_dirty_log(HOME, SLOT, LogBy::Marks, Initially::AllSet).expect("there are marks");
+    assert_eq!(take(&mmu).len(), 1024);
+    let mut written = |frame| {
+        let forbidden = split_and_fault(&mut vcpu, &ram, FIRST + frame, Access::WRITE);
+        assert!(matches!(forbidden, FaultOutcome::Fixed | FaultOutcome::FixedFast), "{forbidden:?}");
+    };
+    written(7);
+    assert_eq!(take(&mmu), [7], "and none of its neighbours");
+    assert_eq!(take(&mmu), []);
+    assert_eq!(
+        leaf_of(&mmu, FIRST + 7).map(|leaf| leaf.writable),
+        Some(Writable::Clean),
+        "by its mark from now on"
+    );
+    assert_eq!(
+        leaf_of(&mmu, FIRST + 512).map(|leaf| leaf.size),
+        Some(PageSize::Size2M),
+        "nobody wrote there"
+    );
+}
+
+/// Whoever has writes tracked again asks for no less than what was written before.
+pub(crate) fn marks_outlive_tracking<F: Format>() {
+    if !F::HAS_DIRTY {
+        return;
+    }
+    let (mmu, _) = machine::<F>(FRAMES, PageSize::Size4K);
+    let ram = Ram::new(FRAMES, 0);
+    let mut vcpu = mmu.vcpu();
+    mmu.start_dirty_log(HOME, SLOT, LogBy::Marks, Initially::Clean).expect("there are marks");
+    read_all(&mut vcpu, &ram);
+    assert_eq!(write(&mut vcpu, &ram, 5), 0);
+    drop(mmu.invalidate(hvas(0, FRAMES), Zap::TrackDirty, Blocking::Allowed));
+    assert_eq!(take(&mmu), [5]);
+}
+
+/// When logging is over, what it protected is no reason to leave a page in pieces.
+pub(crate) fn large_pages_come_back<F: Format>() {
+    let (mmu, _) = machine::<F>(512, PageSize::Size2M);
+    let ram = Ram::in_blocks(512, 0, PageSize::Size2M);
+    let mut vcpu = mmu.vcpu();
+    assert_eq!(fault(&mut vcpu, &ram, FIRST, Access::WRITE), FaultOutcome::Fixed);
+    let size = || leaf_of(&mmu, FIRST + 9).map(|leaf| leaf.size);
+    mmu.set_dirty_logging(HOME, SLOT, true).expect("the slot exists");
+    mmu.split_large_pages(HOME, SLOT).expect("the heap has room");
+    write(&mut vcpu, &ram, 3);
+    assert_eq!(take(&mmu), [3]);
+    write(&mut vcpu, &ram, 4);
+    mmu.recover_large_pages(HOME, SLOT).expect("the slot exists");
+    assert_eq!(size(), Some(PageSize::Size4K), "not while it is logged");
+    mmu.set_dirty_logging(HOME, SLOT, false).expect("the slot exists");
+    mmu.recover_large_pages(HOME, SLOT).expect("the slot exists");
+    assert_eq!(size(), Some(PageSize::Size2M));
+    assert_eq!(write(&mut vcpu, &ram, 9), 0, "and all of it may be written");
+}
+
 /// What a copy of the memory is kept up to date by.
 #[derive(Clone, Copy, PartialEq)]
 enum Copying {

@@ -1,5 +1,7 @@
 //! What others do while an entry is frozen. Only where break-before-make freezes one for long enough to look.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 use afterimage_mmu::{Access, Gfn, GfnRange, Mapped, PageSize, Pfn};
 use afterimage_stage2::{
     Change, Entry, Execute, Format, HeapMemory, Leaf, MapError, MemoryType, Split, Step, TableCache, Tables,
@@ -95,4 +97,26 @@ pub(crate) fn no_leaf_becomes_another<F: Format>() {
     let conflict = tables.map(GFN, Leaf { pfn: Pfn::new(0x400), ..LARGE }, &mut cache);
     assert!(matches!(conflict, Err(MapError::Conflict { .. })), "{conflict:?}");
     assert_eq!(tables.walk(GFN).entry, Entry::Leaf(LARGE));
+}
+
+/// A flush that panics between break and make: everything is as it was, and nobody waits for it to be.
+pub(crate) fn a_panic_leaves_nothing_frozen<F: Format>() {
+    let (tables, mut cache) = tables::<F>();
+    let said = || (0..512).map(|gfn| tables.walk(Gfn::new(gfn)).entry).collect::<Vec<_>>();
+    let panics = |what: &mut dyn FnMut()| {
+        catch_unwind(AssertUnwindSafe(what)).expect_err("the flush panics");
+    };
+    let flush = |_: GfnRange| panic!("deliberately, in a flush");
+    let (before, kept) = (said(), cache.len());
+    panics(&mut || _ = tables.split(GFN, &mut cache, flush));
+    assert_eq!((said(), cache.len()), (before, kept));
+    assert_eq!(tables.split(GFN, &mut cache, |_| ()), Ok(Split::Done(PageSize::Size4K)));
+
+    let before = said();
+    panics(&mut || _ = tables.collapse(GFN, PageSize::Size2M, Execute::Always, flush));
+    assert_eq!(said(), before);
+    panics(&mut || _ = tables.unlink(GFN, PageSize::Size4K.level(), flush));
+    assert_eq!(said(), [Entry::Absent; 512], "gone, and the table is still there");
+    assert_eq!(tables.map(GFN, page(0x205), &mut cache), Ok(Mapped::Fixed));
+    assert!(tables.unlink(GFN, PageSize::Size4K.level(), |_| ()).is_some_and(|gone| gone.table.is_some()));
 }

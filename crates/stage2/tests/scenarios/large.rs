@@ -1,8 +1,8 @@
 //! Large pages: which are mapped, split and recovered, and the tables that come and go with them.
 
 use afterimage_mmu::{
-    Access, Blocking, FaultOutcome, Flush, Found, Gfn, GfnRange, PageSize, Pfn, Requests, SlotId, SpaceId,
-    Vcpu, WitnessKind, Zap,
+    Access, Blocking, FaultOutcome, Flush, Found, Gfn, GfnRange, PageSize, Pfn, PfnRange, Requests, SlotId,
+    SpaceId, Vcpu, WitnessKind, Zap,
 };
 use afterimage_stage2::{
     Entry, Execute, Format, HeapMemory, LargeExecute, LargePages, Translation, Writable,
@@ -92,7 +92,9 @@ pub(crate) fn split_and_recover<F: Format>() {
     drop(mmu.invalidate(hvas(512 + 3, 512 + 4), Zap::WriteProtect, Blocking::Allowed));
     let invalidation = mmu.invalidate(hvas(1024, 1536), Zap::WriteProtect, Blocking::Allowed);
     let before = seen(&mmu, FRAMES);
+    CHANGING.set(Some(PfnRange::new(Pfn::new(1024), Pfn::new(1536))));
     mmu.recover_large_pages(SpaceId(0), SlotId(0)).expect("the slot exists");
+    CHANGING.set(None);
     sizes([PageSize::Size2M, PageSize::Size4K, PageSize::Size4K]);
     drop(invalidation);
     mmu.recover_large_pages(SpaceId(0), SlotId(0)).expect("the slot exists");

@@ -1,5 +1,6 @@
 //! Whole roots that are replaced, and what becomes of the old ones.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering;
 
 use afterimage_mmu::{
@@ -209,4 +210,30 @@ pub(crate) fn replaced_under_fire<F: Format>() {
         mmu.zap_all();
         assert_eq!((memory.pages(), ram.held.load(Ordering::Relaxed)), (roots, 0), "nothing is left behind");
     }
+}
+
+/// The host's function panics before every vCPU has been asked: who takes the lock next asks, and waits.
+pub(crate) fn a_panic_leaves_the_reload_owed<F: Format>() {
+    let (mmu, _memory) = machine::<F>(1024, PageSize::Size4K);
+    let ram = Ram::new(1024, 0);
+    let [mut first, second] = [(); 2].map(|()| mmu.vcpu());
+    assert_eq!(fault(&mut first, &ram, 512, Access::READ), FaultOutcome::Fixed);
+    for vcpu in [&first, &second] {
+        let _ = vcpu.leave_guest();
+        vcpu.enter_guest().expect("nothing is requested any more");
+    }
+    KICK.set(Some(Box::new(|| panic!("deliberately, in a kick"))));
+    catch_unwind(AssertUnwindSafe(|| mmu.zap_all())).expect_err("it panicked");
+    assert!(!mmu.is_locked());
+    let _ = first.leave_guest();
+    std::thread::scope(|scope| {
+        let next = scope.spawn(|| drop(mmu.invalidate(hvas(0, 1), Zap::Unmap, Blocking::Allowed)));
+        while !second.is_kicked() && !next.is_finished() {
+            std::thread::yield_now();
+        }
+        let kicked = second.is_kicked();
+        let left = second.leave_guest();
+        next.join().expect("it does not panic");
+        assert!(kicked && left.contains(Requests::RELOAD_ROOTS), "it still has the old root: {left:?}");
+    });
 }

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use afterimage_mmu::{Access, Blocking, FaultOutcome, PageSize, Zap};
+use afterimage_mmu::{Access, Blocking, FaultOutcome, PageSize, SlotId, SpaceId, Zap};
 use afterimage_stage2::Format;
 
 use crate::support::platform::rescheduled;
@@ -41,4 +41,22 @@ pub(crate) fn between_any_two_leaves<F: Format>() {
         assert_eq!(seen, [(1, 1), (2, 2), (3, 3), (4, 4)], "{zap:?}: zapped, and flushes");
         assert_eq!(mmu.invalidation_stats().zapped_frames, 4);
     }
+}
+
+/// Large pages are no tables: who looks for tables among them gives way now and then.
+pub(crate) fn between_large_pages<F: Format>() {
+    const BLOCKS: u64 = 3 * 512;
+    let mmu = machine::<F>(BLOCKS * 512, PageSize::Size2M).0;
+    let ram = Ram::in_blocks(BLOCKS * 512, 0, PageSize::Size2M);
+    let mut vcpu = mmu.vcpu();
+    for block in 0..BLOCKS {
+        assert_eq!(fault(&mut vcpu, &ram, 512 + block * 512, Access::READ), FaultOutcome::Fixed);
+    }
+    rescheduled(|| (), || mmu.recover_large_pages(SpaceId(0), SlotId(0))).expect("the slot exists");
+    let yields = mmu.invalidation_stats().yields;
+    assert!(yields >= 3, "{yields} in {BLOCKS} large pages");
+    drop(vcpu);
+    rescheduled(|| (), || mmu.delete_slot(SpaceId(0), SlotId(0))).expect("the slot exists");
+    let yields = mmu.invalidation_stats().yields - yields;
+    assert!(yields >= 3, "{yields} in {BLOCKS} large pages");
 }

@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use afterimage_mmu::{
     Access, FRAME_BYTES, Fault, FaultInError, FaultOutcome, Found, Gfn, GfnRange, GuestMmu, Hva, HvaRange,
-    Memslot, PageRef, PageSize, PageUse, Patience, Pfn, Policy, PrimaryMmu, Requests, Retry, RetryPoint,
-    SlotId, Snapshot, SpaceId, Vcpu, WitnessKind,
+    Memslot, PageRef, PageSize, PageUse, Patience, Pfn, PfnRange, Policy, PrimaryMmu, Requests, Retry,
+    RetryPoint, SlotId, Snapshot, SpaceId, Vcpu, WitnessKind,
 };
 use afterimage_stage2::{Entry, Format, HeapMemory, Host, LargePages, Leaf, Stage2, Tables, Translation};
 
@@ -125,8 +125,16 @@ impl Host for Tests {
     type Platform = platform::Scheduled;
     type Page = Page;
 
-    fn block(&self, _pfn: Pfn) -> PageSize {
+    fn block(&self, pfn: Pfn) -> PageSize {
+        let changing = CHANGING.with_borrow(|changing| changing.is_some_and(|pfns| pfns.contains(pfn)));
+        assert!(!changing, "asked about a page while this thread changes it");
         self.block
+    }
+
+    fn kick(&self, _vcpu: usize) {
+        if let Some(mut kick) = KICK.take() {
+            kick();
+        }
     }
 
     fn note_used(&self, _space: SpaceId, gfns: GfnRange) {
@@ -139,6 +147,10 @@ impl Host for Tests {
 }
 
 thread_local! {
+    /// What this thread does when it kicks a vCPU next.
+    pub(crate) static KICK: RefCell<Option<Box<dyn FnMut()>>> = const { RefCell::new(None) };
+    /// Frames that this thread has announced to change, and of which it may not be asked until then.
+    pub(crate) static CHANGING: RefCell<Option<PfnRange>> = const { RefCell::new(None) };
     /// Frames whose marks of use went with a root that this thread replaced.
     pub(crate) static USED: RefCell<Vec<GfnRange>> = const { RefCell::new(Vec::new()) };
 }
