@@ -9,15 +9,18 @@
 //!   wait until each access that was stuck is done
 //!   last sample
 //! ```
+//!
+//! Until the guest runs, an error says what cannot be had here, and there is no run. From then on there is one: whatever
+//! goes wrong is a failure of it, beside what was counted by then.
 
 use core::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use afterimage_mmu::{FRAME_BYTES, GfnRange};
 use afterimage_storm::{Load, Measured, Scenario};
-use afterimage_vm::{Pace, TouchGuest};
+use afterimage_vm::{GuestHandle, Pace, TouchGuest};
 use anyhow::{Context as _, Result, anyhow};
 use hdrhistogram::Histogram;
 
@@ -55,8 +58,27 @@ pub(crate) struct KernelStorm {
 /// What it came to.
 #[derive(Debug)]
 pub(crate) struct KernelRun {
+    /// Where it went wrong, of what was counted by then.
     pub(crate) measured: Measured,
     pub(crate) failures: Vec<String>,
+}
+
+/// What a run came to of which every event was recorded.
+#[derive(Debug)]
+pub(crate) struct RecordedRun {
+    pub(crate) run: KernelRun,
+    /// What the trace tells, if it can be read.
+    pub(crate) watched: Result<Watched>,
+}
+
+/// What is counted of a run while it blows.
+struct Counted {
+    /// Sum of what is counted, and since when it is.
+    counting: Mutex<(Account, Option<Sample>)>,
+    /// How long each invalidation took that a thread of ours made.
+    times: Histogram<u64>,
+    /// Invalidations that the kernel made by itself.
+    merged: u64,
 }
 
 /// What a thread that invalidates works with.
@@ -70,100 +92,121 @@ struct Invalidator<'s> {
     /// Sum of what is counted, and since when it is.
     counting: &'s Mutex<(Account, Option<Sample>)>,
     choices: Choices,
+    /// How long each time took, in nanoseconds.
     times: Histogram<u64>,
     at: u64,
 }
 
 impl KernelStorm {
-    /// Lets it blow. The error says what cannot be had here, and how to get it.
+    /// Lets it blow.
+    ///
+    /// # Errors
+    ///
+    /// Nothing ran: it says what cannot be had here, and how to get it.
     pub(crate) fn blow(&self, interrupted: &AtomicBool) -> Result<KernelRun> {
         self.blow_with(None, interrupted)
     }
 
     /// Lets it blow with every event recorded, and tells what the trace does. Times of such a run mean nothing.
-    pub(crate) fn watch(&self, tables: Tables, interrupted: &AtomicBool) -> Result<Watched> {
+    ///
+    /// # Errors
+    ///
+    /// As those of [`KernelStorm::blow`].
+    pub(crate) fn watch(&self, tables: Tables, interrupted: &AtomicBool) -> Result<RecordedRun> {
         let mut tracing = Tracing::new("storm", EVENTS)?;
         tracing.probe(FAULT_IN);
         tracing.probe(FLUSH);
-        self.blow_with(Some(&tracing), interrupted)?;
-        let (_, lost) = tracing.counts()?;
-        Ok(Watched::new(&tracing.lines()?, tables, lost, tracing.missing()))
+        let run = self.blow_with(Some(&tracing), interrupted)?;
+        let told = || {
+            let (_, lost) = tracing.counts()?;
+            Ok(Watched::new(&tracing.lines()?, tables, lost, tracing.missing()))
+        };
+        Ok(RecordedRun { run, watched: told() })
     }
 
     fn blow_with(&self, tracing: Option<&Tracing>, interrupted: &AtomicBool) -> Result<KernelRun> {
         let Self { scenario, load, by, vcpus, threads, memory, .. } = *self;
         let plan = Plan::new(scenario, load, by, vcpus, threads, memory / FRAME_BYTES);
         let memory = StormMemory::new(plan.frames, by)?;
-        // From here on, whoever leaves drops the guest first: it is declared later.
+        let merging = (by == By::Ksm && load != Load::Quiet).then(|| merge(&plan, &memory)).transpose()?;
+        // Whoever leaves drops the guest before its memory: it is declared later.
         let guest = TouchGuest::start(memory.guest(), &plan.walks)?;
-        let merging = if by == By::Ksm && load != Load::Quiet {
-            memory.merge(GfnRange::new(plan.walks[0].first, plan.walks[0].first + plan.walks[0].count))?;
-            // Only a trace tells how often the kernel merges.
-            let counted = Tracing::new("ksm", &["kvm:kvm_unmap_hva_range"])?;
-            counted.on()?;
-            Some((Merging::start()?, counted))
-        } else {
-            None
-        };
-        self.warm_up(&plan, &guest, &memory)?;
-        let begun = merging.as_ref().map(|(_, counted)| counted.counts()).transpose()?;
+        // What is not to be had is known by now.
+        let mut counted = Counted::new();
+        let merges = merging.as_ref().map(|(_, merges)| merges);
+        let blown = self.blow_over(&plan, &guest, &memory, tracing, merges, &mut counted, interrupted);
+        let blown = blown.and(counted.close(&plan, &guest));
+        drop(merging);
+        Ok(counted.run(blown, guest))
+    }
+
+    /// Everything from the guest's first access to the last sample. The error is what went wrong.
+    #[expect(clippy::too_many_arguments, reason = "all that a run stands on, once")]
+    fn blow_over(
+        &self,
+        plan: &Plan,
+        guest: &TouchGuest,
+        memory: &StormMemory,
+        tracing: Option<&Tracing>,
+        merges: Option<&Tracing>,
+        counted: &mut Counted,
+        interrupted: &AtomicBool,
+    ) -> Result<()> {
+        self.warm_up(plan, guest, memory)?;
+        let merges_before = merges.map(Tracing::counts).transpose()?;
         tracing.map(Tracing::on).transpose()?;
-        let counting = Mutex::new((Account::default(), Some(Sample::take(&guest)?)));
+        let Counted { counting, times, merged } = counted;
+        *lock(counting) = (Account::default(), Some(Sample::take(guest)?));
         let over = AtomicBool::new(false);
         let mut invalidators = Vec::new();
         for (thread, take) in plan.takes.iter().enumerate() {
             invalidators.push(Invalidator {
-                guest: &guest,
-                memory: &memory,
-                plan: &plan,
+                guest,
+                memory,
+                plan,
                 take: *take,
-                by,
+                by: self.by,
                 marker: tracing.map(Tracing::marker).transpose()?,
-                counting: &counting,
+                counting,
                 choices: Choices::new(self.seed, thread),
                 times: Histogram::new(3).expect("3 digits are in range"),
                 at: 0,
             });
         }
-        let mut times: Histogram<u64> = Histogram::new(3).expect("3 digits are in range");
-        let looked_after = thread::scope(|scope| {
+        thread::scope(|scope| {
             let mut threads = Vec::new();
-            let mut looked_after = Ok(());
-            for invalidator in invalidators {
-                match thread::Builder::new().spawn_scoped(scope, || invalidator.run(&over)) {
+            let mut blown = Ok(());
+            for mut invalidator in invalidators {
+                let body = || {
+                    let taken = invalidator.run(&over);
+                    (invalidator.times, taken)
+                };
+                match thread::Builder::new().spawn_scoped(scope, body) {
                     Ok(thread) => threads.push(thread),
-                    Err(error) => {
-                        looked_after = Err(error).context("no thread can be started: see ulimit -u")
-                    }
+                    Err(error) => blown = Err(error).context("no thread can be started: see ulimit -u"),
                 }
             }
-            if looked_after.is_ok() {
-                looked_after = self.look_after(&plan, &guest, &memory, interrupted);
+            if blown.is_ok() {
+                blown = self.look_after(plan, guest, memory, interrupted);
             }
             over.store(true, Relaxed);
             for thread in threads {
-                let taken = thread.join().map_err(|_| anyhow!("a thread that invalidates panicked"))??;
-                times.add(&taken).expect("both have room for every u64");
+                let Ok((taken, ended)) = thread.join() else {
+                    blown = blown.and(Err(anyhow!("a thread that invalidates panicked")));
+                    continue;
+                };
+                *times += taken;
+                blown = blown.and(ended);
             }
-            looked_after
-        });
-        looked_after?;
+            blown
+        })?;
         // What was stuck goes on now, and its wait counts.
-        settle(&plan, &guest)?;
+        settle(plan, guest)?;
         tracing.map(Tracing::off).transpose()?;
-        let (mut account, since) = counting.into_inner().unwrap_or_else(PoisonError::into_inner);
-        if let Some(since) = since {
-            account.add(&plan.walks, &since, &Sample::take(&guest)?);
+        if let (Some(merges), Some((before, _))) = (merges, merges_before) {
+            *merged = merges.counts()?.0 - before;
         }
-        let merged = match (&merging, begun) {
-            (Some((_, counted)), Some((before, _))) => counted.counts()?.0 - before,
-            _ => 0,
-        };
-        drop(merging);
-        let failures = guest.failure().map(|failure| failure.to_string()).into_iter().collect();
-        let report = guest.stop()?;
-        let wrong = report.counters().wrong;
-        Ok(KernelRun { measured: account.measured(times.len() + merged, &times, wrong), failures })
+        Ok(())
     }
 
     /// Until the vCPUs have touched what they touch, or are at it.
@@ -198,6 +241,50 @@ impl KernelStorm {
         }
         Ok(())
     }
+}
+
+impl Counted {
+    fn new() -> Self {
+        let times = Histogram::new(3).expect("3 digits are in range");
+        Self { counting: Mutex::default(), times, merged: 0 }
+    }
+
+    /// Takes the last sample.
+    fn close(&self, plan: &Plan, guest: &TouchGuest) -> Result<()> {
+        let (account, since) = &mut *lock(&self.counting);
+        if let Some(since) = since.take() {
+            account.add(&plan.walks, &since, &Sample::take(guest)?);
+        }
+        Ok(())
+    }
+
+    /// What a run came to that ended like this. The guest's own counters are read however it did.
+    fn run(self, blown: Result<()>, guest: TouchGuest) -> KernelRun {
+        let failure = guest.failure().map(|failure| failure.to_string());
+        let went_wrong =
+            blown.err().map(|error| format!("{error:#}")).filter(|why| failure.as_ref() != Some(why));
+        let handle = GuestHandle::clone(&guest);
+        let stuck = guest.stop().err().map(|error| error.to_string());
+        let (account, _) = self.counting.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let invalidations = self.times.len() + self.merged;
+        KernelRun {
+            measured: account.measured(invalidations, &self.times, handle.counters().wrong),
+            failures: failure.into_iter().chain(went_wrong).chain(stuck).collect(),
+        }
+    }
+}
+
+/// Has the kernel merge what the first vCPU touches, and counts how often it does: only a trace tells.
+fn merge(plan: &Plan, memory: &StormMemory) -> Result<(Merging, Tracing)> {
+    let walk = &plan.walks[0];
+    memory.merge(GfnRange::new(walk.first, walk.first + walk.count))?;
+    let merges = Tracing::new("ksm", &["kvm:kvm_unmap_hva_range"])?;
+    merges.on()?;
+    Ok((Merging::start()?, merges))
+}
+
+fn lock(counting: &Mutex<(Account, Option<Sample>)>) -> MutexGuard<'_, (Account, Option<Sample>)> {
+    counting.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Has each vCPU's own frames unmapped that is through with them, and lets it go on.
@@ -237,8 +324,8 @@ fn until(what: &str, guest: &TouchGuest, done: impl Fn() -> bool) -> Result<()> 
 }
 
 impl Invalidator<'_> {
-    /// Takes memory away until the storm is over, once at least. Returns how long each time took, in nanoseconds.
-    fn run(mut self, over: &AtomicBool) -> Result<Histogram<u64>> {
+    /// Takes memory away until the storm is over, once at least.
+    fn run(&mut self, over: &AtomicBool) -> Result<()> {
         let places = self.take.from.len() / self.take.frames;
         loop {
             let place = if self.take.random { self.choices.below(places) } else { self.at % places };
@@ -263,7 +350,7 @@ impl Invalidator<'_> {
             window.end();
             self.times += u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX);
             if over.load(Relaxed) {
-                return Ok(self.times);
+                return Ok(());
             }
         }
     }
@@ -278,7 +365,7 @@ impl Invalidator<'_> {
     fn populate(&self, gfns: GfnRange) -> Result<()> {
         // What the last time has stuck belongs to it.
         settle(self.plan, self.guest)?;
-        let mut counting = self.counting.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut counting = lock(self.counting);
         let (account, since) = &mut *counting;
         if let Some(since) = since.take() {
             account.add(&self.plan.walks, &since, &Sample::take(self.guest)?);
@@ -306,5 +393,38 @@ impl Choices {
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
         ((u128::from(self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)) * u128::from(bound)) >> 64) as u64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use afterimage_mmu::Gfn;
+    use afterimage_testing::skip;
+    use afterimage_vm::{KvmProbe, TouchAccess, Walk, probe};
+
+    use super::*;
+
+    /// Its memory is read-only, and it writes.
+    #[test]
+    fn a_guest_that_dies_was_a_run_all_the_same() {
+        if !matches!(probe(), KvmProbe::Usable(_)) {
+            return skip("a_guest_that_dies_was_a_run_all_the_same", "no usable /dev/kvm");
+        }
+        let frames = GfnRange::new(Gfn::new(0), Gfn::new(8));
+        let memory = StormMemory::new(frames.len(), By::Mprotect).expect("a few frames");
+        memory.protect(frames, false).expect("they are ours");
+        let walk = Walk { access: TouchAccess::Write, ..Walk::over(frames, 1, Pace::Endless) };
+        let guest = TouchGuest::start(memory.guest(), &[walk]).expect("KVM can be used");
+        let since = Instant::now();
+        while !guest.has_ended() {
+            assert!(since.elapsed() < PATIENCE, "it goes on");
+            thread::sleep(LOOK_EVERY);
+        }
+        let mut counted = Counted::new();
+        counted.times += 5_u64;
+        let run = counted.run(Err(anyhow!("an access was not done")), guest);
+        assert_eq!(run.measured.invalidations, 1, "what was counted by then is kept");
+        let [dead, went_wrong] = &run.failures[..] else { panic!("two failures, not {:?}", run.failures) };
+        assert!(dead.contains("vCPU 0") && went_wrong == "an access was not done", "{:?}", run.failures);
     }
 }

@@ -26,13 +26,14 @@ use afterimage_vm::{KvmFacts, KvmProbe, MAX_VCPUS, probe};
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 
 pub(crate) use self::beside::beside;
-use self::blow::KernelStorm;
+use self::blow::{KernelRun, KernelStorm, RecordedRun};
 use self::cell::{KernelCell, KernelTable};
 use self::memory::By;
 use self::watched::{Tables, Watched};
 use super::{NOTHING, bar};
 use crate::output::{Output, ended, say};
 use crate::signals::interrupted;
+use crate::units::show_number;
 
 /// How long a run that is recorded blows, at most.
 const RECORDED: Duration = Duration::from_millis(100);
@@ -152,6 +153,53 @@ fn load_name(load: Load) -> &'static str {
     }
 }
 
+/// Runs of a storm, and what its cell is made of.
+#[derive(Debug, Default)]
+struct Runs {
+    measured: Vec<Measured>,
+    failures: Vec<String>,
+}
+
+impl Runs {
+    /// As many as are asked for, or until `interrupted`.
+    ///
+    /// # Errors
+    ///
+    /// Not even the first can be had here.
+    fn of(
+        repeat: usize,
+        interrupted: &AtomicBool,
+        mut blow: impl FnMut() -> Result<KernelRun>,
+    ) -> Result<Self> {
+        let mut runs = Self::default();
+        for turn in 0..repeat {
+            match blow() {
+                Ok(KernelRun { measured, failures }) => {
+                    runs.measured.push(measured);
+                    runs.failures.extend(failures);
+                }
+                Err(why) if turn == 0 => return Err(why),
+                // What could be had a moment ago.
+                Err(why) => {
+                    runs.failures.push(format!("run {} of {repeat} could not begin: {why:#}", turn + 1));
+                    break;
+                }
+            }
+            if interrupted.load(Relaxed) {
+                break;
+            }
+        }
+        Ok(runs)
+    }
+
+    /// Adds what went wrong in a run that is not to be measured.
+    fn add_recorded(&mut self, KernelRun { measured, failures }: &KernelRun) {
+        let wrong = (measured.wrong_pages > 0).then(|| show_number(measured.wrong_pages, "wrong page"));
+        let failures = wrong.iter().chain(failures);
+        self.failures.extend(failures.map(|what| format!("in the run that was recorded: {what}")));
+    }
+}
+
 fn cell(
     storm: &KernelStorm,
     repeat: usize,
@@ -159,17 +207,16 @@ fn cell(
     interrupted: &AtomicBool,
 ) -> Result<KernelCell> {
     let tables = if facts.tdp_mmu == Some(true) { Tables::Tdp } else { Tables::Shadow };
-    let mut runs = Vec::new();
-    let mut failures = Vec::new();
-    for _ in 0..repeat {
-        let run = storm.blow(interrupted)?;
-        runs.push(run.measured);
-        failures.extend(run.failures);
-        if interrupted.load(Relaxed) {
-            break;
+    let mut runs = Runs::of(repeat, interrupted, || storm.blow(interrupted))?;
+    let (watched, untraced) = match watch(storm, tables, interrupted) {
+        None => (None, None),
+        Some(Ok(RecordedRun { run, watched })) => {
+            runs.add_recorded(&run);
+            told(watched)
         }
-    }
-    let (watched, untraced) = watch(storm, tables, interrupted);
+        Some(Err(why)) => told(Err(why)),
+    };
+    let Runs { measured: runs, failures } = runs;
     let mut cell = KernelCell {
         cell: Cell {
             scenario: storm.scenario,
@@ -196,15 +243,54 @@ fn cell(
     Ok(cell)
 }
 
-/// What one more run tells that is recorded, or why it cannot be; neither of a part of a storm, and of what no thread
-/// of ours marks.
-fn watch(storm: &KernelStorm, tables: Tables, interrupted: &AtomicBool) -> (Option<Watched>, Option<String>) {
-    if storm.load != Load::Storm || storm.by == By::Ksm {
-        return (None, None);
-    }
+/// One more run, recorded; none of a part of a storm, and of what no thread of ours marks.
+fn watch(storm: &KernelStorm, tables: Tables, interrupted: &AtomicBool) -> Option<Result<RecordedRun>> {
+    let is_marked = storm.load == Load::Storm && storm.by != By::Ksm;
     let recorded = KernelStorm { duration: storm.duration.min(RECORDED), ..*storm };
-    match recorded.watch(tables, interrupted).context("no run could be recorded") {
+    is_marked.then(|| recorded.watch(tables, interrupted))
+}
+
+/// What a trace tells, or why there is none.
+fn told(watched: Result<Watched>) -> (Option<Watched>, Option<String>) {
+    match watched.context("no run could be recorded") {
         Ok(watched) => (Some(watched), None),
         Err(why) => (None, Some(format!("{why:#}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(wrong_pages: u64, failures: &[&str]) -> KernelRun {
+        let failures = failures.iter().map(|&what| what.to_owned()).collect();
+        KernelRun { measured: Measured { wrong_pages, ..Measured::default() }, failures }
+    }
+
+    fn runs(blown: Vec<Result<KernelRun>>) -> Result<Runs> {
+        let mut blown = blown.into_iter();
+        Runs::of(blown.len(), &AtomicBool::new(false), || blown.next().expect("no more than these"))
+    }
+
+    #[test]
+    fn what_cannot_be_had_is_no_run() {
+        let why = runs(vec![Err(anyhow!("no KSM")), Ok(run(0, &[]))]).expect_err("nothing ran");
+        assert_eq!(why.to_string(), "no KSM");
+    }
+
+    /// Neither its wrong pages are lost, nor the runs before it.
+    #[test]
+    fn a_guest_that_dies_is_a_failure() {
+        let runs = runs(vec![Ok(run(0, &[])), Ok(run(3, &["vCPU 0 is gone"])), Err(anyhow!("no memory"))]);
+        let mut runs = runs.expect("two ran");
+        assert_eq!(runs.measured.len(), 2);
+        assert_eq!(Measured::greatest(&runs.measured).wrong_pages, 3);
+        assert_eq!(runs.failures, ["vCPU 0 is gone", "run 3 of 3 could not begin: no memory"]);
+        runs.failures.clear();
+        runs.add_recorded(&run(0, &[]));
+        assert!(runs.failures.is_empty(), "nothing was wrong in it");
+        runs.add_recorded(&run(1, &["it hangs"]));
+        let told = ["1 wrong page", "it hangs"].map(|what| format!("in the run that was recorded: {what}"));
+        assert_eq!((runs.failures, runs.measured.len()), (told.to_vec(), 2));
     }
 }
