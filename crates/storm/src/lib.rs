@@ -5,6 +5,7 @@
 //!   a simulation, or by watching a real kernel.
 
 mod cell;
+mod course;
 mod guest;
 mod invalidator;
 mod matrix;

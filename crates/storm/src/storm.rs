@@ -1,6 +1,6 @@
 //! A storm on real threads: one run.
 
-use core::sync::atomic::{AtomicBool, Ordering};
+use core::sync::atomic::AtomicBool;
 use core::time::Duration;
 use std::thread;
 
@@ -10,6 +10,7 @@ use rustix::io::Errno;
 use rustix::thread::{CpuSet, sched_setaffinity};
 
 use crate::cell::{Latencies, Latency, Load, LockWait, Measured, Retries, Times};
+use crate::course::{Course, Ended, Limits};
 use crate::guest::{Guest, MAX_THREADS, Seen, Shared, StormHost};
 use crate::invalidator::{Invalidator, Taken};
 use crate::platform::{Threads, set_crowded, tick};
@@ -21,9 +22,7 @@ use crate::sim::MAX_SIMULATED_VCPUS;
 use crate::start::{Start, spawn};
 use crate::windows::Windows;
 
-/// How often a run looks whether it is to end early.
-const LOOK_EVERY: Duration = Duration::from_millis(10);
-/// How much longer an invalidation may take that had begun: then the vCPUs stop, so that it ends.
+/// How much longer invalidations may be open: then the vCPUs stop, so that they end.
 const GRACE: Duration = Duration::from_secs(5);
 /// The most memory, in bytes: its stamps alone take 24 bytes a page.
 pub const MAX_MEMORY: u64 = 256 << 30;
@@ -47,8 +46,8 @@ pub struct Storm {
     pub memory: u64,
     /// What the choices come from.
     pub seed: u64,
-    /// How long it blows. What has begun then is brought to its end; an invalidation that the vCPUs hold up for longer
-    /// than 5 s more ends without them.
+    /// How long it blows. What has begun then is brought to its end; where invalidations are open for more than 5 s more,
+    /// the vCPUs leave, so that they end, and faults that are under way are cut off.
     pub duration: Duration,
 }
 
@@ -169,31 +168,31 @@ impl Storm {
         };
         set_crowded(count > cpus);
         let start = Start::new();
-        let [calm, over, abandoned, done] = [const { AtomicBool::new(false) }; 4];
-        let (seen, taken, elapsed_ns) = thread::scope(|scope| {
+        let course = Course::default();
+        let Ended { seen, taken, elapsed_ns } = thread::scope(|scope| {
             let guest = |(number, touch): (usize, &Touch)| {
-                let (shared, start, over, abandoned, touch) = (&shared, &start, &over, &abandoned, *touch);
+                let (shared, start, course, touch) = (&shared, &start, &course, *touch);
                 spawn(scope, move || {
                     place(number);
                     let mut guest = Guest::new(shared, number, touch, seed);
                     if load == Load::Busy {
                         guest.map_all();
                     }
-                    if start.wait() { guest.run(over, abandoned) } else { Seen::default() }
+                    if start.wait() { guest.run(&course.over, &course.abandoned) } else { Seen::default() }
                 })
             };
             let invalidator = |((number, take), spares): ((usize, &Take), Spares)| {
-                let (shared, start, calm, guests) = (&shared, &start, &calm, plan.touches.len());
+                let (shared, start, course, guests) = (&shared, &start, &course, plan.touches.len());
                 let take = *take;
                 spawn(scope, move || {
                     place(guests + number);
                     let invalidator = Invalidator::new(shared, number, take, spares, seed);
-                    if start.wait() { invalidator.run(calm) } else { Taken::default() }
+                    if start.wait() { invalidator.run(&course.calm) } else { Taken::default() }
                 })
             };
             let threads = || {
                 if count > cpus {
-                    spawn(scope, || tick(&done))?;
+                    spawn(scope, || tick(&course.done))?;
                 }
                 let guests: Vec<_> = plan.touches.iter().enumerate().map(guest).collect::<Result<_, _>>()?;
                 let takes = plan.takes.iter().enumerate().zip(spares).map(invalidator);
@@ -202,27 +201,12 @@ impl Storm {
             // Who is there already must not wait for one that does not come.
             let (guests, invalidators) = threads().inspect_err(|_: &StormError| {
                 start.call_off();
-                done.store(true, Ordering::Relaxed);
+                course.end_all();
             })?;
             start.go(count);
-            let started_ns = Threads::now_ns();
-            let elapsed = || Duration::from_nanos(Threads::now_ns() - started_ns);
-            while elapsed() < duration && !interrupted.load(Ordering::Relaxed) {
-                thread::sleep(LOOK_EVERY.min(duration.saturating_sub(elapsed())));
-            }
-            // The invalidations first: a fault may wait for the end of one.
-            calm.store(true, Ordering::Relaxed);
-            while !invalidators.iter().all(thread::ScopedJoinHandle::is_finished) {
-                if elapsed() > duration + GRACE || interrupted.load(Ordering::Relaxed) {
-                    abandoned.store(true, Ordering::Relaxed);
-                }
-                thread::sleep(Duration::from_millis(1));
-            }
-            let taken: Vec<Taken> = invalidators.into_iter().map(join).collect();
-            over.store(true, Ordering::Relaxed);
-            let seen: Vec<Seen> = guests.into_iter().map(join).collect();
-            done.store(true, Ordering::Relaxed);
-            Ok((seen, taken, Threads::now_ns() - started_ns))
+            let limits = Limits { duration, grace: GRACE };
+            let is_open = || windows.iter().any(Windows::is_open);
+            Ok(course.run(limits, interrupted, is_open, guests, invalidators))
         })?;
 
         let mut recording = Recording::default();
@@ -297,8 +281,4 @@ impl Storm {
 /// `part` for each one of `whole`; `None` if there is none.
 fn per(part: u64, whole: u64) -> Option<f64> {
     (whole > 0).then(|| part as f64 / whole as f64)
-}
-
-fn join<T>(thread: thread::ScopedJoinHandle<'_, T>) -> T {
-    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }

@@ -60,6 +60,11 @@ impl Windows {
         self.closed.store(self.opened.load(Ordering::Relaxed), Ordering::Release);
     }
 
+    /// Whether an invalidation is under way.
+    pub(crate) fn is_open(&self) -> bool {
+        self.closed.load(Ordering::Acquire) != self.opened.load(Ordering::Acquire)
+    }
+
     /// What is over now.
     #[inline]
     pub(crate) fn since(&self) -> Since {
