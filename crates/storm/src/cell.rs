@@ -149,6 +149,10 @@ measured! {
         accesses: Option<u64>,
         /// Accesses that faulted, each counted once however often it was retried.
         faults: u64,
+        /// Faults that were cut off: what held them up had to be ended without them, or the simulation had too many events.
+        /// On real threads they are among the others, with what they had come to by then.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        unfinished_faults: Option<u64>,
         /// Invalidations from begin to end.
         invalidations: u64,
         /// Remote TLB flushes for each of those.

@@ -108,6 +108,8 @@ fn unexpected(gfn: Gfn, outcome: FaultOutcome) -> String {
 pub(crate) struct Seen {
     pub(crate) accesses: u64,
     pub(crate) faults: u64,
+    /// Those that were cut off.
+    pub(crate) unfinished: u64,
     pub(crate) wrong: u64,
     pub(crate) retries: [u64; RetryPoint::COUNT],
     pub(crate) most_retries: u64,
@@ -171,7 +173,7 @@ impl<'m, 'r> Guest<'m, 'r> {
     }
 
     /// Runs until the storm is over and nothing is pending, or something fails, or `abandoned`: then what is pending is
-    /// left.
+    /// cut off, and counts with what it has come to.
     pub(crate) fn run(mut self, over: &AtomicBool, abandoned: &AtomicBool) -> Seen {
         start_of_slice();
         let before = cpu_ns();
@@ -193,6 +195,10 @@ impl<'m, 'r> Guest<'m, 'r> {
             }
         }
         self.seen.cpu_ns = cpu_ns() - before;
+        if let Some(pending) = self.pending.take() {
+            self.seen.unfinished += 1;
+            self.ended(pending);
+        }
         self.seen
     }
 
@@ -228,7 +234,7 @@ impl<'m, 'r> Guest<'m, 'r> {
             }
             self.seen.accesses += 1;
             if let Some(pending) = self.pending.take() {
-                self.served(pending);
+                self.ended(pending);
             }
             if let Touch::Fresh(_) = self.touch {
                 // Its own frames, whose pages stay where they are: nobody else has the translation to forget.
@@ -320,8 +326,8 @@ impl<'m, 'r> Guest<'m, 'r> {
         }
     }
 
-    /// The access that had faulted is done.
-    fn served(&mut self, pending: Pending) {
+    /// The access that had faulted is done, or is given up.
+    fn ended(&mut self, pending: Pending) {
         let Pending { gfn, started_ns, since, held_since, retries } = pending;
         let now = Threads::now_ns();
         let seen = &mut self.seen;
@@ -359,29 +365,36 @@ fn tlb_index(gfn: Gfn) -> usize {
 mod tests {
     use std::thread;
 
-    use afterimage_mmu::{Blocking, FaultStats, Memslot, PageSize, SlotId, Zap};
+    use afterimage_mmu::{Blocking, Memslot, PageSize, SlotId, Zap};
 
     use super::*;
     use crate::policy::Policies;
     use crate::ram::BASE;
 
-    #[test]
-    fn a_vcpu_that_is_not_to_fault_is_mapped_whatever_goes_on_meanwhile() {
-        const FRAMES: u64 = 4;
-        let (ram, _) = Ram::new(FRAMES, 0).unwrap();
+    const FRAMES: u64 = 4;
+    const ALL: Touch = Touch::Any(GfnRange::new(Gfn::new(0), Gfn::new(FRAMES)));
+
+    fn machine<'r>() -> StormMmu<'r> {
         let tables = Stage2::new(StormHost::new(), HeapMemory::default(), 1, PageSize::Size4K).unwrap();
         let mmu = GuestMmu::new(tables, Policies::LINUX.engine());
         mmu.create_slot(Memslot::new(SlotId(0), Gfn::new(0), FRAMES, BASE)).unwrap();
-        let after_retry = AfterRetry::Refault;
-        let shared = Shared { mmu: &mmu, ram: &ram, windows: &[], after_retry, started_ns: 0 };
-        let gfns = GfnRange::new(Gfn::new(0), Gfn::new(FRAMES));
+        mmu
+    }
 
-        let mut guest = Guest::new(&shared, 0, Touch::Any(gfns), 1);
+    fn shared<'m, 'r>(mmu: &'m StormMmu<'r>, ram: &'r Ram, windows: &'m [Windows]) -> Shared<'m, 'r> {
+        Shared { mmu, ram, windows, after_retry: AfterRetry::Refault, started_ns: 0 }
+    }
+
+    #[test]
+    fn a_vcpu_that_is_not_to_fault_is_mapped_whatever_goes_on_meanwhile() {
+        let (ram, _) = Ram::new(FRAMES, 0).unwrap();
+        let mmu = machine();
+        let shared = shared(&mmu, &ram, &[]);
+        let mut guest = Guest::new(&shared, 0, ALL, 1);
         let open = mmu.invalidate(Ram::hvas(0, FRAMES), Zap::Unmap, Blocking::Allowed);
         thread::scope(|scope| {
             let mapping = scope.spawn(|| guest.map_all());
-            let retries = |stats: FaultStats| stats.retries.iter().sum::<u64>();
-            while retries(mmu.fault_stats()) == 0 && !mapping.is_finished() {
+            while mmu.fault_stats().retried() == 0 && !mapping.is_finished() {
                 thread::yield_now();
             }
             drop(open);
@@ -391,5 +404,30 @@ mod tests {
         for gfn in 0..FRAMES {
             assert!(guest.access(Gfn::new(gfn)), "guest frame {gfn} is not mapped");
         }
+    }
+
+    /// Else a storm that had to be cut off looks like one without its longest fault.
+    #[test]
+    fn a_fault_that_is_cut_off_counts_with_what_it_has_come_to() {
+        let (ram, _) = Ram::new(FRAMES, 0).unwrap();
+        let mmu = machine();
+        let windows = [Windows::new(GfnRange::new(Gfn::new(0), Gfn::new(FRAMES)))];
+        let shared = shared(&mmu, &ram, &windows);
+        let [over, abandoned] = [const { AtomicBool::new(false) }; 2];
+        windows[0].open(GfnRange::new(Gfn::new(0), Gfn::new(FRAMES)));
+        let open = mmu.invalidate(Ram::hvas(0, FRAMES), Zap::Unmap, Blocking::Allowed);
+        let seen = thread::scope(|scope| {
+            let guest = scope.spawn(|| Guest::new(&shared, 0, ALL, 1).run(&over, &abandoned));
+            while mmu.fault_stats().retried() < 2 && !guest.is_finished() {
+                thread::yield_now();
+            }
+            over.store(true, Ordering::Relaxed);
+            abandoned.store(true, Ordering::Relaxed);
+            guest.join().unwrap()
+        });
+        drop(open);
+        assert_eq!((seen.faults, seen.unfinished, seen.accesses), (1, 1, 0));
+        assert!(seen.most_retries >= 2, "{seen:?}");
+        assert_eq!((seen.recording.inside.len(), seen.recording.outside.len()), (1, 0));
     }
 }

@@ -215,6 +215,7 @@ impl Storm {
         for seen in seen {
             total.accesses += seen.accesses;
             total.faults += seen.faults;
+            total.unfinished += seen.unfinished;
             total.wrong += seen.wrong;
             total.doomed_cpu_ns += seen.doomed_cpu_ns;
             total.most_retries = total.most_retries.max(seen.most_retries);
@@ -249,6 +250,7 @@ impl Storm {
             elapsed_ns,
             accesses: Some(total.accesses),
             faults: total.faults,
+            unfinished_faults: Some(total.unfinished),
             invalidations,
             flushes_per_invalidation: per(stats.flushes, invalidations),
             flushes_for_waiters_per_invalidation: per(stats.flushes_for_waiters, invalidations),

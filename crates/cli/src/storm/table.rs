@@ -96,6 +96,13 @@ fn per_second(count: u64, ns: u64) -> u64 {
     (count as f64 * 1e9 / ns.max(1) as f64) as u64
 }
 
+/// What is said of a cell whose vCPUs had to leave before their faults were served.
+pub(super) fn cut_off(cell: &Cell) -> Option<String> {
+    let faults = cell.max.unfinished_faults.filter(|&faults| faults > 0)?;
+    let faults = show_number(faults, "fault");
+    Some(format!("{faults} of one run did not end: what is told of faults may look better than it is"))
+}
+
 /// The lines over a cell's column: who measured, and what was chosen.
 fn head(cell: &Cell) -> [String; 6] {
     let engine = cell.engine.to_string();
@@ -132,6 +139,9 @@ impl Display for Table<'_> {
             }
         }
         for cell in self.0 {
+            if let Some(cut_off) = cut_off(cell) {
+                writeln!(f, "CUT OFF: {} {}: {cut_off}", cell.scenario, head(cell)[0])?;
+            }
             for failure in &cell.failures {
                 writeln!(f, "FAILED: {} {}: {failure}", cell.scenario, cell.engine)?;
             }
@@ -172,4 +182,40 @@ fn write_block(f: &mut fmt::Formatter<'_>, scenario: Scenario, cells: &[&Cell]) 
 fn write_line(f: &mut fmt::Formatter<'_>, name: &str, values: impl Iterator<Item = String>) -> fmt::Result {
     let line = values.fold(format!("{name:NAMES$}"), |line, value| line + &format!("{value:>COLUMN$}"));
     writeln!(f, "{}", line.trim_end())
+}
+
+#[cfg(test)]
+mod tests {
+    use afterimage_storm::{Engine, Policies};
+
+    use super::*;
+
+    fn cell(policies: Policies, max: Measured) -> Cell {
+        Cell {
+            scenario: Scenario::A,
+            engine: Engine::Afterimage,
+            load: Load::Storm,
+            policies: Some(policies),
+            vcpus: 2,
+            threads: 1,
+            memory_bytes: 1 << 20,
+            seed: 1,
+            runs: 3,
+            median: Measured::default(),
+            min: Measured::default(),
+            max,
+            failures: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn faults_that_were_cut_off_are_told_of() {
+        let table = |unfinished| {
+            let max = Measured { unfinished_faults: Some(unfinished), ..Measured::default() };
+            Table(&[cell(Policies::BEFORE, max)]).to_string()
+        };
+        assert!(!table(0).contains("CUT OFF"));
+        let one = table(1);
+        assert!(one.contains("CUT OFF: A before the change: 1 fault of one run did not end"), "{one}");
+    }
 }

@@ -246,17 +246,15 @@ impl Machine {
             self.now = time;
             self.happen(event);
         }
-        let unfinished = self.begun_faults - self.faults
-            + self
-                .invalidators
-                .iter()
-                .filter(|invalidator| invalidator.left > 0 || invalidator.is_ending)
-                .count() as u64;
+        let unfinished_faults = self.begun_faults - self.faults;
+        let is_under_way = |who: &&SimInvalidator| who.left > 0 || who.is_ending;
+        let unfinished = unfinished_faults + self.invalidators.iter().filter(is_under_way).count() as u64;
         let per = |part: u64, whole: u64| (whole > 0).then(|| part as f64 / whole as f64);
         let measured = Measured {
             elapsed_ns: self.now.max(1),
             accesses: Some(self.accesses),
             faults: self.faults,
+            unfinished_faults: Some(unfinished_faults),
             invalidations: self.invalidations,
             flushes_per_invalidation: per(self.flushes, self.invalidations),
             // There is no scheduler.

@@ -30,7 +30,7 @@ pub(crate) struct KernelCell {
 }
 
 /// What no kernel counts, and why.
-const UNCOUNTED: [(&str, &str); 11] = [
+const UNCOUNTED: [(&str, &str); 12] = [
     (
         "retries",
         "KVM counts what becomes of faults, but not where on its path it let one retry; `retries_per_fault` is all",
@@ -39,6 +39,7 @@ const UNCOUNTED: [(&str, &str); 11] = [
     ("flushes_for_scheduler_per_invalidation", "KVM counts flushes, but not what they were for"),
     ("yields_per_invalidation", "KVM does not count them; `watched.order` shows some"),
     ("yields_to_waiters_per_invalidation", "KVM does not count yields"),
+    ("unfinished_faults", "none is cut off: one that does not end is a failure"),
     ("most_retries", "KVM counts retries by vCPU, not by fault"),
     ("most_ends", "KVM does not count ends"),
     (

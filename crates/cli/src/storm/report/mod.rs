@@ -16,7 +16,7 @@ use std::time::Duration;
 use afterimage_storm::{Cell, Load, Outcome, Policies, Scenario};
 
 use self::drawing::{Drawing, escape};
-use super::table::BYSTANDERS;
+use super::table::{BYSTANDERS, cut_off};
 use crate::units::{show_bytes, show_duration, show_number};
 
 /// The page about `outcomes`; `what` says of what machine they are, and how they came about.
@@ -51,6 +51,12 @@ fn write(page: &mut String, outcomes: &[Outcome], what: &str) -> fmt::Result {
              all of them, timelines of the first.</p>",
             show_bytes(*memory_bytes)
         )?;
+        for outcome in &here {
+            if let Some(cut_off) = cut_off(&outcome.cell) {
+                let who = name_in_page(&outcome.cell).0;
+                writeln!(page, "<p class=\"what\">CUT OFF: {who}: {}.</p>", escape(&cut_off))?;
+            }
+        }
         matrix::write(page, &here)?;
         latency::write(page, &here)?;
         retries::write(page, &here)?;
@@ -195,5 +201,14 @@ mod tests {
         let wrong = bad.find("WRONG: C, Linux since 6.9: 1 wrong page in one run").expect("it is told");
         assert!(bad.contains("WRONG: C, Linux since 6.9: a &lt;reference&gt; is left"), "{bad}");
         assert!(wrong < bad.find("<section").expect("there is a section"));
+    }
+
+    #[test]
+    fn faults_that_were_cut_off_are_told_of() {
+        let mut outcome = outcome(Policies::BEFORE, Vec::new());
+        outcome.cell.max.unfinished_faults = Some(0);
+        assert!(!page(&[outcome.clone()], "here").contains("CUT OFF"));
+        outcome.cell.max.unfinished_faults = Some(2);
+        assert!(page(&[outcome], "here").contains("CUT OFF: before the change: 2 faults of one run"));
     }
 }
