@@ -22,7 +22,7 @@ mod windows;
 pub use hdrhistogram::Histogram;
 
 pub use cell::{Cell, Engine, Latencies, Latency, Load, LockWait, Measured, Retries, Times};
-pub use matrix::{Matrix, Outcome};
+pub use matrix::{Matrix, Outcome, Outcomes};
 pub use policy::{
     AfterRetry, Coverage, Policies, Precheck, Scenario, Sequence, Turns, UnknownChoice, Witness, Yielding,
 };

@@ -20,6 +20,15 @@ pub struct Matrix {
     pub seed: u64,
 }
 
+/// What a matrix came to.
+#[derive(Clone, Debug)]
+pub struct Outcomes {
+    /// One for each storm that has run.
+    pub outcomes: Vec<Outcome>,
+    /// Why it ended before its time: a storm could not start.
+    pub stopped: Option<StormError>,
+}
+
 /// One cell, and what else its runs left behind.
 #[derive(Clone, Debug)]
 pub struct Outcome {
@@ -30,17 +39,11 @@ pub struct Outcome {
 }
 
 impl Matrix {
-    /// Runs everything, or until `interrupted`: then what was measured by then. `next` is told of each run before it
-    /// starts: how many were done, and which one comes.
-    ///
-    /// # Errors
-    /// A storm cannot start.
-    pub fn run(
-        &self,
-        interrupted: &AtomicBool,
-        mut next: impl FnMut(usize, &Storm),
-    ) -> Result<Vec<Outcome>, StormError> {
+    /// Runs everything, or until `interrupted`, or until a storm cannot start: then what was measured by then. `next` is told
+    /// of each run before it starts: how many were done, and which one comes.
+    pub fn run(&self, interrupted: &AtomicBool, mut next: impl FnMut(usize, &Storm)) -> Outcomes {
         let mut runs: Vec<Vec<Run>> = self.storms.iter().map(|_| Vec::new()).collect();
+        let mut stopped = None;
         for (done, index) in self.order().into_iter().enumerate() {
             if interrupted.load(Ordering::Relaxed) {
                 break;
@@ -48,10 +51,16 @@ impl Matrix {
             let turn = runs[index].len() as u64;
             let storm = Storm { seed: self.storms[index].seed.wrapping_add(turn), ..self.storms[index] };
             next(done, &storm);
-            runs[index].push(storm.blow(interrupted)?);
+            match storm.blow(interrupted) {
+                Ok(run) => runs[index].push(run),
+                Err(why) => {
+                    stopped = Some(why);
+                    break;
+                }
+            }
         }
         let outcomes = self.storms.iter().zip(runs).filter(|(_, runs)| !runs.is_empty());
-        Ok(outcomes.map(|(storm, runs)| Outcome::of(storm, runs)).collect())
+        Outcomes { outcomes: outcomes.map(|(storm, runs)| Outcome::of(storm, runs)).collect(), stopped }
     }
 
     /// How many runs there are.
@@ -110,9 +119,8 @@ mod tests {
     use crate::cell::Load;
     use crate::policy::{Policies, Scenario};
 
-    #[test]
-    fn every_run_has_its_turn_in_any_order() {
-        let storm = Storm {
+    fn storm() -> Storm {
+        Storm {
             scenario: Scenario::C,
             load: Load::Storm,
             policies: Policies::LINUX,
@@ -121,8 +129,21 @@ mod tests {
             memory: 64 << 20,
             seed: 1,
             duration: core::time::Duration::from_millis(1),
-        };
-        let matrix = |shuffle, seed| Matrix { storms: vec![storm; 7], repeat: 3, shuffle, seed };
+        }
+    }
+
+    #[test]
+    fn a_storm_that_cannot_start_takes_no_other_with_it() {
+        let storms = vec![storm(), Storm { vcpus: 0, ..storm() }, storm()];
+        let matrix = Matrix { storms, repeat: 2, shuffle: false, seed: 1 };
+        let Outcomes { outcomes, stopped } = matrix.run(&AtomicBool::new(false), |_, _| ());
+        assert_eq!(outcomes.iter().map(|outcome| outcome.cell.runs).collect::<Vec<_>>(), [1]);
+        assert_eq!(stopped, Some(StormError::Vcpus(0)));
+    }
+
+    #[test]
+    fn every_run_has_its_turn_in_any_order() {
+        let matrix = |shuffle, seed| Matrix { storms: vec![storm(); 7], repeat: 3, shuffle, seed };
         assert_eq!(matrix(false, 1).order()[..8], [0, 1, 2, 3, 4, 5, 6, 0]);
         let order = matrix(true, 1).order();
         assert_eq!(order, matrix(true, 1).order());

@@ -11,8 +11,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::atomic::Ordering::Relaxed;
 
-use afterimage_storm::{Cell, Load, Outcome};
-use anyhow::{Result, ensure};
+use afterimage_storm::{Cell, Load, Outcome, Outcomes};
+use anyhow::{Result, anyhow};
 use indicatif::{ProgressBar, ProgressStyle};
 
 pub(crate) use self::options::StormArgs;
@@ -49,9 +49,9 @@ pub(crate) fn run(args: StormArgs) -> Result<ExitCode> {
         bar.set_position(done as u64);
         bar.set_message(what.to_owned());
     };
-    let (worth, outcomes) = if plan.simulates {
+    let (worth, Outcomes { outcomes, stopped }) = if plan.simulates {
         let (worth, outcomes) = simulate::simulate(&plan, &interrupted, tell)?;
-        (worth.to_string(), outcomes)
+        (worth.to_string(), Outcomes { outcomes, stopped: None })
     } else {
         let outcomes = plan.matrix.run(&interrupted, |done, storm| {
             let load = match storm.load {
@@ -61,20 +61,23 @@ pub(crate) fn run(args: StormArgs) -> Result<ExitCode> {
                 Load::Quiet => "quiet".to_owned(),
             };
             tell(done, &format!("{} {load}", storm.scenario));
-        })?;
+        });
         (String::new(), outcomes)
     };
     bar.finish_and_clear();
     let cells: Vec<Cell> = outcomes.iter().map(|Outcome { cell, .. }| cell.clone()).collect();
-    ensure!(!cells.is_empty(), NOTHING);
-    if interrupted.load(Relaxed) {
-        let done = cells.iter().map(|cell| cell.runs).sum::<u64>();
-        say(format_args!(
-            ": interrupted in run {done} of {runs}: the result is of what was measured until then"
-        ));
+    if cells.is_empty() {
+        return Err(stopped.map_or(anyhow!(NOTHING), Into::into));
     }
+    let done = cells.iter().map(|cell| cell.runs).sum::<u64>();
+    let part = "the result is of what was measured until then";
+    if interrupted.load(Relaxed) {
+        say(format_args!(": interrupted in run {done} of {runs}: {part}"));
+    }
+    let all = stopped.map_or(Ok(()), |why| Err(anyhow!("stopped after run {done} of {runs}: {why}; {part}")));
     // One that cannot be kept does not take the others with it.
     let kept = [
+        all,
         json.map_or(Ok(()), |json| json.write_json(&cells)),
         trace.map_or(Ok(()), |trace| trace.write(&trace::trace(&outcomes).to_string())),
         report.map_or(Ok(()), |report| report.write(&report::page(&outcomes, &made(&plan)))),
