@@ -194,6 +194,20 @@ impl Mapping {
         }
     }
 
+    /// [`zap`](Self::zap) of what is still mapped, should somebody have unmapped a part of `range`. Not for memory that is
+    /// registered with [`Features::EVENT_REMOVE`](crate::Features::EVENT_REMOVE), where the kernel can stop at a hole.
+    ///
+    /// # Errors
+    ///
+    /// As for [`zap`](Self::zap).
+    pub fn zap_mapped(&self, range: HvaRange) -> Result<(), UffdError> {
+        match self.zap(range) {
+            // The kernel goes on behind a hole, and tells of it in the end.
+            Err(UffdError::Advise { errno: Errno::NOMEM, .. }) => Ok(()),
+            done => done,
+        }
+    }
+
     /// Frees the pages of `range` in a shared mapping's file (`MADV_REMOVE`), and so in all mappings of it.
     ///
     /// # Errors

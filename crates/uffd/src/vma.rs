@@ -234,7 +234,7 @@ impl<Page> UffdMmu<Page> {
     /// Panics rather than go on with a translation that the guest could still use: its page would be freed under it.
     /// [`new`](Self::new) has tried it on this mapping, and the engine gives ranges of this mapping only.
     fn unmap(&self, range: HvaRange) {
-        if let Err(error) = self.mapping.zap(range) {
+        if let Err(error) = self.mapping.zap_mapped(range) {
             panic!("memory that must be unmapped cannot be: {error}");
         }
     }
@@ -242,23 +242,38 @@ impl<Page> UffdMmu<Page> {
     fn write_protect(&self, range: HvaRange) {
         for part in &self.parts {
             let mine = part.range.intersection(range);
-            // No event is enabled on these descriptors, so "changing" passes by itself.
-            while !mine.is_empty() {
-                match part.uffd.write_protect(mine) {
-                    Ok(Resolved::Done) => break,
-                    Ok(Resolved::Changing) => rustix::thread::sched_yield(),
-                    // Protecting absent shared pages takes page tables. Without a translation nobody writes either.
-                    Ok(Resolved::NoMemory) if self.backing == Backing::Shared => {
-                        self.unmap(mine);
-                        break;
-                    }
-                    Ok(Resolved::NoMemory) => rustix::thread::sched_yield(),
-                    // As for `unmap`. A process that has ended writes no more.
-                    Ok(Resolved::Gone(Gone::Process)) => break,
-                    other => panic!("memory that must be write-protected cannot be: {other:?}"),
-                }
+            if self.protect_part(&part.uffd, mine) {
+                continue;
+            }
+            // Somebody has mapped over a part of it, and the kernel may have stopped there. That part is the guest's no more.
+            let bytes = self.page_size().bytes();
+            for offset in (0..mine.len()).step_by(bytes as usize) {
+                let page = HvaRange::new(mine.start + offset, mine.start + offset + bytes);
+                self.protect_part(&part.uffd, page);
             }
         }
+    }
+
+    /// Write-protects `range`, a part of what `uffd` serves. `false` if a part of it is not registered any more.
+    fn protect_part(&self, uffd: &Uffd, range: HvaRange) -> bool {
+        // No event is enabled on these descriptors, so "changing" passes by itself.
+        while !range.is_empty() {
+            match uffd.write_protect(range) {
+                Ok(Resolved::Done) => break,
+                Ok(Resolved::Changing) => rustix::thread::sched_yield(),
+                // Protecting absent shared pages takes page tables. Without a translation nobody writes either.
+                Ok(Resolved::NoMemory) if self.backing == Backing::Shared => {
+                    self.unmap(range);
+                    break;
+                }
+                Ok(Resolved::NoMemory) => rustix::thread::sched_yield(),
+                Ok(Resolved::Gone(Gone::Range)) => return false,
+                // As for `unmap`. A process that has ended writes no more.
+                Ok(Resolved::Gone(Gone::Process)) => break,
+                other => panic!("memory that must be write-protected cannot be: {other:?}"),
+            }
+        }
+        true
     }
 }
 

@@ -133,7 +133,7 @@ impl Memory {
             Self::File(file) | Self::HugeFile { file, .. } => {
                 punch_hole(file, pages.start.as_u64() * FRAME_BYTES, pages.len() * FRAME_BYTES)
             }
-            Self::Mapping { mapping, .. } => mapping.zap(mapped_at(mapping, pages)),
+            Self::Mapping { mapping, .. } => mapping.zap_mapped(mapped_at(mapping, pages)),
             Self::Frames(pool) => {
                 pool.free(pages);
                 Ok(())

@@ -1,6 +1,6 @@
 //! When there is no memory, no huge page, or another page than before.
 
-#![expect(unsafe_code, reason = "memory is mapped over by address")]
+#![expect(unsafe_code, reason = "memory is registered by address")]
 
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
@@ -11,6 +11,7 @@ use afterimage_testing::{HugePages, skip};
 use afterimage_uffd::{Backing, Mapping, OpenOptions, RegisterModes, ServeOptions};
 
 use crate::support::{BACKINGS, Setup, Stamps, stamp, wait_until};
+use crate::tampered::map_over;
 
 #[test]
 fn a_fault_outlasts_a_shortage() {
@@ -92,17 +93,6 @@ fn a_page_that_can_be_neither_mapped_nor_poisoned_ends_the_worker() {
         drop(other);
         let _ = touch.finish();
     }
-}
-
-/// Maps memory that cannot be touched over a part of a machine's.
-fn map_over(range: HvaRange, flags: i32) {
-    let at = core::ptr::with_exposed_provenance_mut(range.start.as_u64() as usize);
-    let flags = flags | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
-    let protection =
-        if flags & libc::MAP_HUGETLB == 0 { libc::PROT_NONE } else { libc::PROT_READ | libc::PROT_WRITE };
-    // SAFETY: the range belongs to a mapping whose one other user touches it by a call that may fail.
-    let over = unsafe { libc::mmap(at, range.len() as usize, protection, flags, -1, 0) };
-    assert_eq!(over, at, "{}", std::io::Error::last_os_error());
 }
 
 /// What nobody waits for takes free pages only.

@@ -1,17 +1,17 @@
-//! Memory that somebody else in the process has locked or sealed.
+//! Memory that somebody else in the process has locked, sealed, unmapped or mapped over.
 
-#![expect(unsafe_code, reason = "memory is locked and sealed by address")]
+#![expect(unsafe_code, reason = "memory is locked, sealed, unmapped and mapped over by address")]
 
 use core::ffi::c_void;
 use std::io;
 
 use afterimage_memory::State;
-use afterimage_mmu::HvaRange;
+use afterimage_mmu::{Age, HvaRange, RetryPoint};
 use afterimage_testing::skip;
 use afterimage_uffd::Backing;
 use rustix::mm::{MlockFlags, MprotectFlags};
 
-use crate::support::{BACKINGS, Machine, Setup, Stamps, stamp};
+use crate::support::{BACKINGS, Machine, Setup, Stamps, stamp, wait_until};
 
 fn at(range: HvaRange) -> *mut c_void {
     core::ptr::with_exposed_provenance_mut(range.start.as_u64() as usize)
@@ -37,6 +37,23 @@ pub(crate) fn seal(machine: &Machine, page: u64, count: u64) -> bool {
     }
     skip("sealed memory", io::Error::last_os_error());
     false
+}
+
+/// Unmaps a page.
+fn unmap(machine: &Machine, page: u64) {
+    let range = machine.mapping.pages(page, 1).expect("inside");
+    // SAFETY: the page belongs to a mapping that is not touched there from now on.
+    unsafe { rustix::mm::munmap(at(range), range.len() as usize) }.expect("it can be unmapped");
+}
+
+/// Maps memory that cannot be touched over a part of a machine's.
+pub(crate) fn map_over(range: HvaRange, flags: i32) {
+    let flags = flags | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
+    let protection =
+        if flags & libc::MAP_HUGETLB == 0 { libc::PROT_NONE } else { libc::PROT_READ | libc::PROT_WRITE };
+    // SAFETY: the range belongs to a mapping whose users touch it by calls that may fail, or not any more.
+    let over = unsafe { libc::mmap(at(range), range.len() as usize, protection, flags, -1, 0) };
+    assert_eq!(over, at(range), "{}", std::io::Error::last_os_error());
 }
 
 #[test]
@@ -84,4 +101,74 @@ fn a_page_that_cannot_go_takes_no_other_one_with_it() {
         assert_eq!(machine.read(page), stamp(page));
     }
     machine.stop_clean();
+}
+
+/// What can be done to all pages of a machine of 8, one of which is not its own any more.
+const VERBS: [fn(&Machine); 3] = [
+    |machine| _ = machine.object.evict(machine.all()),
+    // One that cannot be read ends it.
+    |machine| _ = machine.object.protect(machine.all(), |_, _| ()),
+    |machine| _ = machine.object.age(machine.all(), Age::Clear),
+];
+
+#[track_caller]
+fn assert_others_stay(tamper: fn(&Machine)) {
+    for (backing, verb) in BACKINGS.into_iter().flat_map(|backing| VERBS.map(|verb| (backing, verb))) {
+        let Some(machine) = Setup::new("tampered", backing, 8).start() else { return };
+        for page in 0..8 {
+            machine.write(page, 100 + page);
+            machine.wait_resident(page);
+        }
+        machine.evict(machine.pages(6, 8));
+        tamper(&machine);
+        verb(&machine);
+        for page in [0, 2, 4, 7] {
+            assert_eq!(machine.read(page), 100 + page, "{backing:?}");
+        }
+        machine.evict(machine.all());
+        machine.write(4, 1);
+        assert_eq!(machine.discard(machine.all()), 8, "{backing:?}");
+        assert_eq!([0, 4, 7].map(|page| machine.read(page)), [0, 0, 0], "{backing:?}");
+        machine.stop_clean();
+    }
+}
+
+#[test]
+fn the_rest_of_memory_of_which_a_page_was_mapped_over_goes_and_comes_back() {
+    assert_others_stay(|machine| map_over(machine.mapping.pages(3, 1).expect("inside"), 0));
+}
+
+#[test]
+fn the_rest_of_memory_of_which_a_page_was_unmapped_goes_and_comes_back() {
+    assert_others_stay(|machine| unmap(machine, 3));
+}
+
+#[test]
+fn a_checkpoint_protects_what_lies_behind_a_page_that_was_mapped_over() {
+    for backing in BACKINGS {
+        let source = Stamps::new(8);
+        let Some(machine) = Setup::new("checkpoint", backing, 8).source(&source).start() else { return };
+        for page in 0..8 {
+            machine.read(page);
+            machine.wait_resident(page);
+        }
+        map_over(machine.mapping.pages(3, 1).expect("inside"), 0);
+        let mut write = None;
+        let mut shown = None;
+        machine
+            .object
+            .protect(machine.all(), |page, bytes| {
+                if page.as_u64() == 0 {
+                    write = Some(machine.writing(5, 5));
+                    wait_until("the writer waits", || machine.retries(RetryPoint::BeforeFaultIn) > 0);
+                } else if page.as_u64() == 5 {
+                    shown = bytes.map(|bytes| u64::from_ne_bytes(bytes[..8].try_into().expect("8 bytes")));
+                }
+            })
+            .expect("a checkpoint");
+        assert_eq!(shown, Some(stamp(5)), "{backing:?}: as it was when the checkpoint began");
+        write.expect("it was begun").finish();
+        assert_eq!(machine.read(5), 5, "{backing:?}");
+        machine.stop_clean();
+    }
 }
