@@ -1,26 +1,29 @@
 //! The memory itself: a memory file with a view of its own, a mapping that is the memory, or frames of a pool.
 
-// UNSAFETY: pages are copied by address, out of and into memory that others map.
+// UNSAFETY: pages are copied by address into memory that others map, and looked for there.
 #![expect(unsafe_code)]
 
+use std::io;
 use std::sync::Arc;
 
 use afterimage_mmu::{FRAME_BYTES, HvaRange, PageSize, Pfn, PfnRange};
 use afterimage_uffd::{Mapping, memfd, punch_hole};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use rustix::fs::{FallocateFlags, Mode, OFlags};
+use rustix::fs::{FallocateFlags, Mode, OFlags, SeekFrom};
 use rustix::io::{Errno, retry_on_intr};
 
 use super::pool::FramePool;
 use crate::error::MemoryError;
 use crate::source::Content;
+use crate::store::is_zero;
 
 /// What holds resident pages.
 #[derive(Debug)]
 pub(crate) enum Memory {
     /// A tmpfs file of 4 KiB pages, read and written by system call: no second page table to keep in step.
     File(OwnedFd),
-    /// A hugetlbfs file, which cannot be written by system call: a mapping of it that no guest uses.
+    /// A hugetlbfs file, which cannot be written by system call: a mapping of it that no guest uses. Every resident page
+    /// is mapped there.
     HugeFile { file: OwnedFd, window: Mapping },
     /// Anonymous memory: the guest's mapping is the memory. It is read through `/proc/self/mem`: a page that has got
     /// lost is an error there, where a plain access would fault, and wait for whoever it is that reads.
@@ -95,11 +98,15 @@ impl Memory {
                 retry_on_intr(|| {
                     rustix::fs::fallocate(file, FallocateFlags::empty(), offset, bytes.len() as u64)
                 })?;
-                if content == Content::Bytes {
-                    let to = window_at(window, page);
+                let to = window_at(window, page);
+                match content {
                     // SAFETY: (1) the page lies in the window and is allocated; (2) nobody else uses it: it is
                     // locked, and mapped nowhere else before the engine installs it; (3) the buffer is private.
-                    unsafe { core::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
+                    Content::Bytes => unsafe {
+                        core::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len());
+                    },
+                    // SAFETY: as above; a read maps it.
+                    Content::Zeros => _ = unsafe { to.read_volatile() },
                 }
                 Ok(())
             }
@@ -108,14 +115,18 @@ impl Memory {
         }
     }
 
-    /// Copies the resident page at `page`, which no guest can write meanwhile, to `bytes`.
+    /// Copies the resident page at `page`, which no guest can write meanwhile, to `bytes`. `EIO` if it has got lost: a hole in
+    /// a file would read as zeros.
     pub(crate) fn read(&self, page: PfnRange, bytes: &mut [u8]) -> Result<(), Errno> {
         let offset = page.start.as_u64() * FRAME_BYTES;
         match self {
-            Self::File(file) => read_all(file, offset, bytes),
-            Self::HugeFile { window, .. } => {
-                copy_out(window, page, bytes);
-                Ok(())
+            Self::File(file) => {
+                read_all(file, offset, bytes)?;
+                if is_zero(bytes) && is_hole(file, offset)? { Err(Errno::IO) } else { Ok(()) }
+            }
+            Self::HugeFile { file, window } => {
+                read_all(file, offset, bytes)?;
+                if is_zero(bytes) && !is_mapped(window, page)? { Err(Errno::IO) } else { Ok(()) }
             }
             Self::Mapping { mapping, reader } => {
                 read_all(reader, mapped_at(mapping, page).start.as_u64(), bytes)
@@ -154,11 +165,25 @@ fn read_all(file: &OwnedFd, offset: u64, bytes: &mut [u8]) -> Result<(), Errno> 
     Ok(())
 }
 
-fn copy_out(mapping: &Mapping, page: PfnRange, bytes: &mut [u8]) {
-    let from = window_at(mapping, page);
-    // SAFETY: (1) the page lies in the mapping and is present: it is resident and locked; (2) it is read as raw memory,
-    // and an invalidation keeps guests from writing it; (3) the buffer is private and as long as the page.
-    unsafe { core::ptr::copy_nonoverlapping(from.cast_const(), bytes.as_mut_ptr(), bytes.len()) };
+fn is_hole(file: &OwnedFd, offset: u64) -> Result<bool, Errno> {
+    match rustix::fs::seek(file, SeekFrom::Data(offset)) {
+        Ok(data) => Ok(data != offset),
+        // Nothing but a hole up to the end.
+        Err(Errno::NXIO) => Ok(true),
+        Err(errno) => Err(errno),
+    }
+}
+
+/// Whether `page` is mapped in the window. Who punches a hole takes it away there, too; hugetlbfs does not tell of holes.
+fn is_mapped(window: &Mapping, page: PfnRange) -> Result<bool, Errno> {
+    let mut is_mapped = 0;
+    // SAFETY: (1) the address is that of a page in the window; (2) the answer for one frame is one byte.
+    let answer =
+        unsafe { libc::mincore(window_at(window, page).cast(), FRAME_BYTES as usize, &raw mut is_mapped) };
+    if answer == 0 {
+        return Ok(is_mapped & 1 != 0);
+    }
+    Err(Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::INVAL))
 }
 
 fn window_at(mapping: &Mapping, page: PfnRange) -> *mut u8 {

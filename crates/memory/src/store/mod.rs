@@ -46,7 +46,7 @@ use afterimage_mmu::Pfn;
 use self::arena::{Arena, CHUNK_BYTES};
 use self::class::{CLASSES, Class, HEADER_BYTES, MAX_SLOTS, RAW, checksum};
 pub use self::scratch::Scratch;
-use self::scratch::is_zero;
+pub(crate) use self::scratch::is_zero;
 use crate::FRAME_LEN;
 use crate::error::{Damage, MemoryError};
 use crate::source::{Content, frames_of, gather};

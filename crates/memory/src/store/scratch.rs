@@ -46,7 +46,7 @@ pub(super) fn unpack(block: &[u8], out: &mut [u8]) -> Result<(), Damage> {
 }
 
 /// Whether all bytes are 0. Stops early where they are not.
-pub(super) fn is_zero(bytes: &[u8]) -> bool {
+pub(crate) fn is_zero(bytes: &[u8]) -> bool {
     bytes.chunks(128).all(|chunk| chunk.iter().fold(0, |all, byte| all | byte) == 0)
 }
 

@@ -123,6 +123,40 @@ fn a_shared_page_that_someone_punched_out_is_poisoned_and_no_zeros() {
     assert!(machine.stop().iter().all(|report| matches!(report.error, FaultError::CannotMap { .. })));
 }
 
+/// Reading a hole gives zeros. Pages of zeros that are there are none.
+#[test]
+fn a_shared_page_that_someone_punched_out_is_stored_and_shown_as_no_zeros() {
+    let Some(_pool) = HugePages::claim("punched, read", 4) else { return };
+    for page_size in [PageSize::Size4K, PageSize::Size2M] {
+        let setup = Setup { page_size, ..Setup::new("punched, read", Backing::Shared, 4) };
+        let Some(machine) = setup.start() else { return };
+        for page in 0..3 {
+            assert_eq!(machine.read(page), 0);
+        }
+        machine.write(3, 1003);
+        machine.object.protect(machine.all(), |_, _| ()).expect("every page is there");
+        for page in [1, 3] {
+            punch_hole(machine.object.file().expect("a file"), page * page_size.bytes(), page_size.bytes())
+                .expect("a hole");
+        }
+        let mut shown = 0;
+        let lost =
+            machine.object.protect(machine.all(), |_, _| shown += 1).expect_err("no checkpoint without it");
+        assert!(
+            matches!(lost, MemoryError::Read { frame, .. } if frame == machine.pages(1, 2).start),
+            "{lost}"
+        );
+        assert_eq!(shown, 1, "{page_size:?}");
+        assert_eq!(machine.evict(machine.all()), 2 * page_size.frames(), "{page_size:?}");
+        for page in [1, 3] {
+            assert_eq!(machine.state(page), State::Poisoned, "{page_size:?}");
+            machine.assert_poisoned(page);
+        }
+        assert_eq!([0, 2].map(|page| machine.read(page)), [0, 0], "{page_size:?}");
+        assert_eq!(machine.stop().len(), 2, "{page_size:?}");
+    }
+}
+
 /// A checkpoint protects also what is not mapped, and the kernel takes its marks for pages where poison is to go.
 #[test]
 fn a_page_that_was_protected_while_it_was_not_mapped_can_be_poisoned() {
