@@ -307,6 +307,16 @@ pub enum UffdError {
         workers: usize,
     },
 
+    /// A descriptor has features that a [`UffdMmu`](crate::UffdMmu) cannot work with.
+    #[error(
+        "a userfaultfd with {features} cannot serve a mapping: its faults or writes would pass by, or its pages could not be \
+         taken away while an event is unread; open it without them"
+    )]
+    UnfitFeatures {
+        /// Those of its features.
+        features: Features,
+    },
+
     /// A hole could not be punched into a memory file.
     #[error("no hole of {bytes} bytes could be punched at offset {offset}: {errno}")]
     Punch {

@@ -39,7 +39,9 @@ use afterimage_mmu::{
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use crate::{Gone, Linux, Mapping, Operation, Protection, RegisterModes, Resolved, Uffd, UffdError, Wake};
+use crate::{
+    Features, Gone, Linux, Mapping, Operation, Protection, RegisterModes, Resolved, Uffd, UffdError, Wake,
+};
 
 /// A page that can be mapped into a VMA.
 pub trait VmaPage: PageRef {
@@ -69,6 +71,11 @@ pub enum Backing {
 
 /// Pages that one step of a zap takes at most, in bytes: the lock can be given up in between.
 const ZAP_STEP_BYTES: u64 = 2 << 20;
+
+/// What a descriptor must not have. With an event unread no page can be installed or taken away; under SIGBUS no fault is told;
+/// under WP_ASYNC the kernel lets writes to protected pages go on; WP_UNPOPULATED has absent anonymous pages count as present.
+const UNFIT: Features =
+    Features::EVENTS.union(Features::SIGBUS).union(Features::WP_ASYNC).union(Features::WP_UNPOPULATED);
 
 /// One mapping, registered with one or more userfaultfds, as a secondary MMU.
 pub struct UffdMmu<Page> {
@@ -103,7 +110,8 @@ impl<Page> UffdMmu<Page> {
     ///
     /// # Errors
     ///
-    /// [`UffdError::NoParts`] for more descriptors than pages, none, or no worker; [`UffdError::Register`];
+    /// [`UffdError::NoParts`] for more descriptors than pages, none, or no worker; [`UffdError::UnfitFeatures`] for one with
+    /// events, SIGBUS, WP_ASYNC or WP_UNPOPULATED; [`UffdError::Register`];
     /// [`UffdError::Advise`] if the mapping's pages cannot be dropped (sealed memory); [`UffdError::Descriptor`] if there is
     /// no room for the doorbells.
     pub fn new(
@@ -116,6 +124,10 @@ impl<Page> UffdMmu<Page> {
         let count = uffds.len() as u64;
         if count == 0 || count > pages || workers == 0 {
             return Err(UffdError::NoParts { descriptors: uffds.len(), pages, workers });
+        }
+        let features = uffds.iter().fold(Features::empty(), |all, uffd| all | uffd.features());
+        if features.intersects(UNFIT) {
+            return Err(UffdError::UnfitFeatures { features: features & UNFIT });
         }
         let mut modes = RegisterModes::MISSING | RegisterModes::WP;
         modes.set(RegisterModes::MINOR, backing == Backing::Shared);

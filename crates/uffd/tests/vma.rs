@@ -59,6 +59,34 @@ fn memory_is_not_split_into_more_parts_than_pages_nor_served_by_nobody() {
     }
 }
 
+#[test]
+fn descriptors_that_would_let_faults_or_writes_by_are_refused() {
+    let mapping =
+        Arc::new(Mapping::anonymous(PageSize::Size4K.bytes() * 4, PageSize::Size4K).expect("memory"));
+    for unfit in [
+        Features::EVENT_FORK,
+        Features::EVENT_REMAP,
+        Features::EVENT_REMOVE,
+        Features::EVENT_UNMAP,
+        Features::SIGBUS,
+        Features::WP_UNPOPULATED,
+        Features::WP_UNPOPULATED | Features::WP_ASYNC,
+    ] {
+        // One that fits does not help.
+        let fits = uffd("UffdMmu", Features::PAGEFAULT_FLAG_WP | Features::THREAD_ID);
+        let (Some(fits), Some(other)) = (fits, uffd("UffdMmu", unfit)) else { continue };
+        let uffds = vec![fits, other];
+        let Err(refused) = UffdMmu::<()>::new(Arc::clone(&mapping), Backing::Anonymous, uffds, 1) else {
+            panic!("{unfit} was taken");
+        };
+        assert!(
+            matches!(refused, UffdError::UnfitFeatures { features } if features == unfit),
+            "{unfit}: {refused}"
+        );
+        assert!(refused.to_string().contains(&unfit.to_string()), "{refused}");
+    }
+}
+
 /// The page of a machine that takes no fault.
 struct NoPage;
 
