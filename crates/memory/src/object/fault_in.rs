@@ -19,6 +19,7 @@ use afterimage_uffd::{Place, VmaPage};
 use super::backing::WriteError;
 use super::buffer::Buffer;
 use super::pages::PageLock;
+use super::reclaim::Room;
 use super::{MemoryObject, State};
 use crate::error::MemoryError;
 use crate::source::Content;
@@ -183,9 +184,10 @@ impl MemoryObject {
             return Err(FaultInError::WouldWait);
         }
         loop {
-            match self.bring(index, patience) {
+            match self.bring(index, fault.kind, patience) {
                 // The system has run out of memory, or of huge pages, before the budget has. Nothing goes for what nobody waits for.
-                Err(FaultInError::NoMemory) if fault.kind == FaultKind::Demand && self.make_room() => {}
+                Err(FaultInError::NoMemory)
+                    if fault.kind == FaultKind::Demand && self.make_room() == Room::Made => {}
                 brought => return brought.map(|held| self.held_page(frame, held)),
             }
         }
@@ -201,20 +203,20 @@ impl MemoryObject {
         if self.is_anonymous() { Held::Mapped } else { Held::Cached }
     }
 
-    /// Whether a page has gone. Why none can is no matter of the fault's: it waits for memory.
-    fn make_room(&self) -> bool {
-        self.reclaim().is_ok_and(|moved| moved.frames > 0)
-    }
-
     /// One try to make the page resident.
-    fn bring(self: &Arc<Self>, index: usize, patience: Patience) -> Result<Held, FaultInError<PageError>> {
+    fn bring(
+        self: &Arc<Self>,
+        index: usize,
+        kind: FaultKind,
+        patience: Patience,
+    ) -> Result<Held, FaultInError<PageError>> {
         let page = self.page_at(index);
         let word = &self.pages[index];
         let mut buffer = Buffer::take(self.page_size.bytes());
         // Nothing is held yet: a discard of this page need not wait for the device.
         let read = (word.peek() == State::Source).then(|| self.produce(page, State::Source, &mut buffer));
         // Before the page is locked: making room locks others.
-        let reserved = self.reserve();
+        let reserved = self.reserve(kind).ok_or(FaultInError::NoMemory)?;
         let lock = match patience {
             Patience::NoWait => word.try_lock().ok_or(FaultInError::WouldWait)?,
             Patience::Interruptible => word.lock(),

@@ -1,9 +1,14 @@
 //! Populating: pages made resident ahead of the guest's faults.
 
-use afterimage_mmu::{FRAME_BYTES, Fault, FaultError, FaultKind, FaultOutcome, PfnRange, SecondaryMmu, Vcpu};
+use afterimage_mmu::{
+    FRAME_BYTES, Fault, FaultError, FaultKind, FaultOutcome, PfnRange, Retry, RetryPoint, SecondaryMmu, Vcpu,
+};
 
 use super::{MemoryView, Moved, ObjectPage, State};
 use crate::error::MemoryError;
+
+/// Races for one entry that a prefetch loses before it gives up.
+const MOST_RACES: u32 = 64;
 
 impl MemoryView {
     /// Makes the pages of `frames` resident and maps them, in ascending order, by prefetch faults of `vcpu`, which
@@ -45,11 +50,20 @@ impl MemoryView {
         S: SecondaryMmu<Page = ObjectPage>,
     {
         let hva = self.base() + page.start.as_u64() * FRAME_BYTES;
+        let mut races = 0;
         loop {
             let Some((space, gfn)) = vcpu.gfn_at(hva) else { return Prefetch::Left };
             let fault = Fault { space, gfn, kind: FaultKind::Prefetch, ..Fault::default() };
             match vcpu.handle_fault(self, &fault) {
                 Ok(FaultOutcome::Fixed | FaultOutcome::FixedFast) => return Prefetch::Brought,
+                // Nobody else's change lasts for so long: the system has no memory for the page.
+                Ok(FaultOutcome::Retry(Retry { point: RetryPoint::LostRace, .. })) if races == MOST_RACES => {
+                    return Prefetch::NoMemory;
+                }
+                Ok(FaultOutcome::Retry(Retry { point: RetryPoint::LostRace, .. })) => {
+                    races += 1;
+                    rustix::thread::sched_yield();
+                }
                 // Whatever covers it may need this thread's CPU, but nothing that this thread holds.
                 Ok(FaultOutcome::Retry(retry)) => vcpu.mmu().wait(retry.range),
                 Ok(FaultOutcome::Spurious | FaultOutcome::Emulate(_) | FaultOutcome::WriteProtected) => {

@@ -18,7 +18,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use afterimage_mmu::{Age, Pfn, PfnRange, Young};
+use afterimage_mmu::{Age, FaultKind, Pfn, PfnRange, Young};
 
 use super::pages::Clock;
 use super::{MemoryObject, Moved, ObjectOptions};
@@ -28,6 +28,9 @@ use crate::object::moves::Victims;
 /// Faults try no eviction for so long after one has failed: it is an invalidation that disturbs the guest in vain, and that may
 /// have the very fault retried that tries it.
 const BACK_OFF: Duration = Duration::from_millis(100);
+
+/// Evictions that fail in one search for pages that can go, at most, before it is given up.
+const MOST_FAILURES: u32 = 8;
 
 #[derive(Debug)]
 pub(crate) struct Budget {
@@ -78,6 +81,17 @@ impl Drop for Reserved<'_> {
     }
 }
 
+/// What came of a fault's wish for room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Room {
+    /// Some pages have gone.
+    Made,
+    /// None has, and one may in a moment.
+    Later,
+    /// No page can go for a while.
+    None,
+}
+
 impl MemoryObject {
     /// Whether pages should go: the budget is used up but for half a batch. Never, where all memory may be resident.
     pub fn is_over_budget(&self) -> bool {
@@ -86,32 +100,45 @@ impl MemoryObject {
     }
 
     /// Takes a place in the budget, making room if there is none, or beyond the budget where no page can go. The caller holds no
-    /// page.
-    pub(super) fn reserve(&self) -> Reserved<'_> {
+    /// page. `None`: nobody waits for the page, and there is no place to spare.
+    pub(super) fn reserve(&self, kind: FaultKind) -> Option<Reserved<'_>> {
         let bound = self.budget.pages + self.budget.batch;
-        let mut most = bound;
+        let mut most = match kind {
+            FaultKind::Demand => bound,
+            FaultKind::Prefetch => self.budget.pages,
+        };
         loop {
             let taken = self.resident.fetch_update(Relaxed, Relaxed, |now| (now < most).then_some(now + 1));
-            if let Ok(before) = taken {
-                self.peak.fetch_max(before + 1, Relaxed);
-                self.counters.beyond_budget.fetch_add(u64::from(before >= bound), Relaxed);
-                return Reserved { object: self };
-            }
-            if self.budget.is_stuck() {
-                most = u64::MAX;
-                continue;
-            }
-            self.counters.direct_reclaims.fetch_add(1, Relaxed);
-            match self.reclaim() {
-                // All are locked, by faults that are about to finish.
-                Ok(Moved { frames: 0 }) => rustix::thread::sched_yield(),
-                Ok(_) => {}
-                Err(MemoryError::StoreFull { .. }) => most = u64::MAX,
-                // That is another page's trouble; who calls `reclaim` is told.
-                Err(_) => {
-                    self.budget.note_failure();
-                    most = u64::MAX;
+            match (taken, kind) {
+                (Ok(before), _) => {
+                    self.peak.fetch_max(before + 1, Relaxed);
+                    self.counters.beyond_budget.fetch_add(u64::from(before >= bound), Relaxed);
+                    return Some(Reserved { object: self });
                 }
+                (Err(_), FaultKind::Prefetch) => return None,
+                (Err(_), FaultKind::Demand) => {}
+            }
+            match self.make_room() {
+                Room::Made => {}
+                // All are locked, by faults that are about to finish.
+                Room::Later => rustix::thread::sched_yield(),
+                Room::None => most = u64::MAX,
+            }
+        }
+    }
+
+    /// Has pages go for a fault. Why none can is another page's trouble: who calls [`reclaim`](Self::reclaim) is told.
+    pub(super) fn make_room(&self) -> Room {
+        if self.budget.is_stuck() || self.store.is_full() {
+            return Room::None;
+        }
+        self.counters.direct_reclaims.fetch_add(1, Relaxed);
+        match self.reclaim() {
+            Ok(Moved { frames: 0 }) => Room::Later,
+            Ok(_) => Room::Made,
+            Err(_) => {
+                self.budget.note_failure();
+                Room::None
             }
         }
     }
@@ -125,10 +152,11 @@ impl MemoryObject {
         self.resident.fetch_sub(pages, Relaxed);
     }
 
-    /// Evicts about one batch of pages that the guest has not come back for. Nothing, if every page is on its way.
+    /// Evicts about one batch of pages that the guest has not come back for. Nothing, if every page is on its way. A page that cannot go
+    /// is passed by, as long as there are not many.
     ///
     /// # Errors
-    /// As for [`evict`](Self::evict).
+    /// As for [`evict`](Self::evict); none, if pages have gone all the same.
     pub fn reclaim(&self) -> Result<Moved, MemoryError> {
         if self.store.is_full() {
             // No marks need be taken away, either.
@@ -136,7 +164,7 @@ impl MemoryObject {
         }
         let mut hand = self.budget.hand.lock().unwrap_or_else(PoisonError::into_inner);
         let count = self.pages.len();
-        let mut scanned = 0;
+        let (mut scanned, mut failures, mut last_error) = (0, 0, None);
         // Twice: once to take all marks away, once to find who has not got his back.
         while scanned < 2 * count {
             let window = *hand..count.min(*hand + self.budget.batch as usize);
@@ -144,9 +172,18 @@ impl MemoryObject {
             scanned += window.len();
             self.mark_young(window.clone());
             // First those whose mark was taken away a round ago: they are told apart from this round's by having none.
-            let moved = match self.hull(window.clone(), Clock::Take) {
-                Some(victims) => self.evict_some(victims, Victims::Unreferenced)?,
-                None => Moved::default(),
+            let victims = self.hull(window.clone(), Clock::Take);
+            let evicted = victims.map(|victims| self.evict_some(victims, Victims::Unreferenced));
+            let moved = match evicted.unwrap_or(Ok(Moved::default())) {
+                Err(error) if matches!(error, MemoryError::StoreFull { .. }) || failures == MOST_FAILURES => {
+                    return Err(error);
+                }
+                Err(error) => {
+                    failures += 1;
+                    last_error = Some(error);
+                    Moved::default()
+                }
+                Ok(moved) => moved,
             };
             if let Some(spared) = self.hull(window.clone(), Clock::Spare) {
                 self.spare(spared);
@@ -155,7 +192,7 @@ impl MemoryObject {
                 return Ok(moved);
             }
         }
-        Ok(Moved::default())
+        last_error.map_or(Ok(Moved::default()), Err)
     }
 
     /// Marks the pages without a mark that were used all the same: tables with marks of their own see that without a fault.

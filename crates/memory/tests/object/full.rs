@@ -89,3 +89,24 @@ fn a_guest_goes_on_where_no_page_can_go() {
     assert_eq!(machine.store_frames(), 0, "what stays is stored nowhere else");
     machine.stop_clean();
 }
+
+/// One page that cannot go is no reason to keep the others.
+#[test]
+fn a_page_that_cannot_go_is_passed_by() {
+    let source = Stamps::new(PAGES);
+    let setup = Setup::new("a sealed page", afterimage_uffd::Backing::Anonymous, PAGES).source(&source);
+    let Some(machine) = (Setup { budget: Some(BUDGET), batch: BATCH, ..setup }).start() else { return };
+    if !seal(&machine, 3, 1) {
+        return;
+    }
+    for _ in 0..3 {
+        for page in 0..PAGES {
+            assert_eq!(machine.read(page), stamp(page));
+        }
+    }
+    machine.wait_resident(PAGES - 1);
+    let stats = machine.stats();
+    assert_eq!((stats.beyond_budget, stats.poisoned), (0, 0), "{stats:?}");
+    assert!(stats.peak_bytes <= (BUDGET + BATCH) * 4096, "{stats:?}");
+    machine.stop_clean();
+}

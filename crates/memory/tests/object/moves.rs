@@ -152,6 +152,34 @@ fn populated_pages_are_there_before_they_are_touched() {
     }
 }
 
+/// The guest takes the last places while a page that nobody waits for is being read.
+#[test]
+fn a_page_that_is_populated_takes_nobodys_place() {
+    const BUDGET: u64 = 4;
+    for backing in BACKINGS {
+        let source = Stamps::new(32);
+        let setup = Setup::new("populate late", backing, 32).source(&source);
+        let Some(machine) = (Setup { budget: Some(BUDGET), batch: 1, ..setup }).start() else { return };
+        source.gate.close_for(0);
+        let populated = std::thread::scope(|scope| {
+            let populating = scope.spawn(|| {
+                let mut vcpu = machine.mmu.vcpu();
+                machine.view.view.populate(&mut vcpu, machine.pages(0, 1)).expect("populate")
+            });
+            source.gate.wait_for_someone();
+            for page in 1..=BUDGET + 1 {
+                assert_eq!(machine.read(page), stamp(page));
+            }
+            source.gate.open();
+            populating.join().expect("it does not panic")
+        });
+        assert_eq!(populated.frames, 0, "{backing:?}");
+        let stats = machine.stats();
+        assert_eq!((stats.direct_reclaims, stats.of(Kind::Evict).frames), (0, 0), "{backing:?}: {stats:?}");
+        machine.stop_clean();
+    }
+}
+
 #[test]
 fn a_checkpoint_shows_one_moment_while_writers_run() {
     const WRITERS: u64 = 3;
