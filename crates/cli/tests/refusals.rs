@@ -246,7 +246,7 @@ mod without_rights {
         let _alone = alone();
         let test = "threads_that_cannot_be_had_are_refused";
         let Some(copied) = Copied::new(test) else { return };
-        let storm = ["storm", "--scenario", "C", "--vcpus", "8", "--duration", "20ms"];
+        let storm = ["storm", "--scenario", "C", "--vcpus", "8", "--duration", "20ms", "--no-baseline"];
         let simulated = ["storm", "--simulate", "--scenario", "C", "--duration", "1ms"];
         let run = ["run", "--guest", "soft", "--vcpus", "8", "--duration", "1s"];
         for (options, what) in [
@@ -258,6 +258,20 @@ mod without_rights {
             assert_eq!((ended.code(), ended.stdout.as_str()), (2, ""), "{options:?}: {ended:?}");
             assert!(ended.stderr.lines().last().is_some_and(|line| line.contains(what)), "{ended:?}");
         }
+    }
+
+    /// A storm that cannot start takes nothing with it that was measured before.
+    #[test]
+    fn a_baseline_is_kept_where_its_storm_has_no_threads() {
+        let _alone = alone();
+        let test = "a_baseline_is_kept_where_its_storm_has_no_threads";
+        let Some(copied) = Copied::new(test) else { return };
+        let storm = ["storm", "--scenario", "C", "--vcpus", "8", "--duration", "20ms", "--json", "-"];
+        let Some(ended) = copied.by_nobody_with_few_threads(test, &storm) else { return };
+        assert_eq!(ended.code(), 2, "{ended:?}");
+        assert!(ended.stderr.contains("stopped after run 1 of 27: the system gives no thread"), "{ended:?}");
+        let cells: Vec<serde_json::Value> = serde_json::from_str(&ended.stdout).expect("it wrote its cells");
+        assert_eq!((cells.len(), &cells[0]["load"]), (1, &"uncontended".into()));
     }
 
     #[test]

@@ -405,23 +405,6 @@ fn a_storm_that_does_not_fit_is_refused() {
     assert!(ended.stderr.contains("too little memory for the storm"), "{ended:?}");
 }
 
-/// The stacks of many vCPUs take more than there is.
-#[test]
-fn a_storm_that_cannot_start_takes_no_other_with_it() {
-    let _alone = alone();
-    let Some(mut command) = limited("a_storm_that_cannot_start_takes_no_other_with_it", "--as=400000000")
-    else {
-        return;
-    };
-    let options = ["--scenario", "E", "--vcpus", "64", "--memory", "1M", "--duration", "5ms"];
-    command.env("RUST_MIN_STACK", (256 << 20).to_string());
-    let ended = to_end(command.args(["storm", "--json", "-", "--repeat", "1"]).args(options));
-    assert_eq!(ended.code(), 2, "{ended:?}");
-    assert!(ended.stderr.contains("stopped after run 1 of 9: the system gives no thread"), "{ended:?}");
-    let cells: Vec<Value> = serde_json::from_str(&ended.stdout).expect("it wrote its cells");
-    assert_eq!((cells.len(), &cells[0]["load"]), (1, &"uncontended".into()));
-}
-
 /// The command under a limit of its own.
 fn limited(test: &str, limit: &str) -> Option<Command> {
     if Command::new("prlimit").arg("--version").output().is_err() {
