@@ -19,6 +19,7 @@
 //! those of a worker that is stopped. Stop the guest first.
 
 mod last_try;
+mod parked;
 mod worker;
 
 use core::fmt;

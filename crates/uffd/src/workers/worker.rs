@@ -4,12 +4,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use afterimage_mmu::{
-    Access, Emulate, Fault, FaultError, FaultOutcome, Found, Gfn, GfnRange, GuestMmu, Hva, HvaRange, Mapped,
+    Access, Emulate, Fault, FaultError, FaultOutcome, Found, Gfn, GuestMmu, Hva, HvaRange, Mapped,
     PrimaryMmu, Retry, RetryPoint, Vcpu,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::last_try::{Lack, LastTry};
+use super::parked::{Await, Parked, Raised};
 use super::{AfterRetry, FaultReport, ServeOptions};
 use crate::{Event, EventBuffer, FaultKind, Operation, UffdError, UffdMmu, VmaPage};
 
@@ -18,34 +19,6 @@ const BATCH: usize = 32;
 /// A parked fault that no invalidation covers (an entry that changed at the same time, memory that was short for a
 /// moment, a slot that is changing) is tried again after this long.
 const PAUSE: Duration = Duration::from_millis(1);
-
-/// A fault as the kernel tells it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Raised {
-    page: Hva,
-    access: Access,
-    found: Found,
-}
-
-/// A fault that waits for another try.
-#[derive(Clone, Copy, Debug)]
-struct Parked {
-    raised: Raised,
-    awaits: Await,
-    /// Since when there is no memory for it.
-    scarce_since: Option<Instant>,
-}
-
-/// What a parked fault waits for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Await {
-    /// The end of whatever covers these frames.
-    End(GfnRange),
-    /// Memory. Also another's change of the same entry, which is over in a moment.
-    Memory,
-    /// A memslot.
-    Slot,
-}
 
 /// What became of one try.
 enum Tried {
@@ -141,8 +114,7 @@ where
             if self.options.after_retry == AfterRetry::Refault && matches!(awaits, Await::End(_)) {
                 return self.mmu.secondary().wake(self.page_of(raised));
             }
-            let scarce_since = (awaits == Await::Memory).then(Instant::now);
-            self.parked.push(Parked { raised, awaits, scarce_since });
+            self.parked.push(Parked::new(raised, awaits, Instant::now()));
         }
         Ok(())
     }
@@ -163,17 +135,15 @@ where
             (Ok(FaultOutcome::Fixed | FaultOutcome::FixedFast | FaultOutcome::Spurious), _) => {
                 Ok(Tried::Ended)
             }
-            (Ok(FaultOutcome::Retry(Retry { point: RetryPoint::LostRace, .. })), Hope::Left)
-            | (Err(FaultError::NoMemory(_) | FaultError::Interrupted(_)), Hope::Left) => {
-                Ok(Tried::Again(Await::Memory))
-            }
-            (Ok(FaultOutcome::Retry(Retry { point: RetryPoint::SlotChanging, .. })), _)
-            | (Ok(FaultOutcome::Emulate(_) | FaultOutcome::WriteProtected), _)
-            | (Err(FaultError::SlotChanging(_)), _) => Ok(Tried::Again(Await::Slot)),
             (Ok(FaultOutcome::Retry(Retry { point: RetryPoint::LostRace, .. })), Hope::Gone) => {
                 self.poison(raised, gfn, FaultError::NoMemory(gfn))
             }
-            (Ok(FaultOutcome::Retry(retry)), _) => Ok(Tried::Again(Await::End(retry.range))),
+            (Ok(FaultOutcome::Retry(retry)), _) => Ok(Tried::Again(retry.into())),
+            (Err(FaultError::NoMemory(_) | FaultError::Interrupted(_)), Hope::Left) => {
+                Ok(Tried::Again(Await::Memory))
+            }
+            (Ok(FaultOutcome::Emulate(_) | FaultOutcome::WriteProtected), _)
+            | (Err(FaultError::SlotChanging(_)), _) => Ok(Tried::Again(Await::Slot)),
             (Err(FaultError::NoMemory(_) | FaultError::Interrupted(_) | FaultError::NoPage { .. }), _) => {
                 self.try_last(raised, &fault)
             }
@@ -203,7 +173,7 @@ where
             }
             Err(_) => self.poison(raised, gfn, FaultError::NoMemory(gfn)),
             Ok(FaultOutcome::Fixed | FaultOutcome::FixedFast | FaultOutcome::Spurious) => Ok(Tried::Ended),
-            Ok(FaultOutcome::Retry(retry)) => Ok(Tried::Again(Await::End(retry.range))),
+            Ok(FaultOutcome::Retry(retry)) => Ok(Tried::Again(retry.into())),
             Ok(FaultOutcome::Emulate(_) | FaultOutcome::WriteProtected) => Ok(Tried::Again(Await::Slot)),
         }
     }
@@ -245,24 +215,15 @@ where
                 index += 1;
                 continue;
             }
-            let hope = match parked.scarce_since {
-                Some(since) if since.elapsed() >= self.options.scarcity => Hope::Gone,
-                _ => Hope::Left,
-            };
+            let now = Instant::now();
+            let hope = if parked.scarce(now) > self.options.scarcity { Hope::Gone } else { Hope::Left };
             match self.attempt(parked.raised, hope)? {
                 Tried::Ended => {
                     self.parked.swap_remove(index);
                     ended += 1;
                 }
                 Tried::Again(awaits) => {
-                    let parked = &mut self.parked[index];
-                    parked.awaits = awaits;
-                    match awaits {
-                        Await::Memory => _ = parked.scarce_since.get_or_insert_with(Instant::now),
-                        // An invalidation in between says nothing about memory.
-                        Await::End(_) => {}
-                        Await::Slot => parked.scarce_since = None,
-                    }
+                    self.parked[index].tried(awaits, now);
                     index += 1;
                 }
             }
