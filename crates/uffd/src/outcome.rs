@@ -61,7 +61,7 @@ pub enum Gone {
     /// mapped and registered anew by another, a fill succeeds, there: a late fill must be ruled out by whoever
     /// keeps the ranges.
     Range,
-    /// The page cache has no page there (CONTINUE's `EFAULT`): a hole was punched, or the file is shorter.
+    /// The page cache has no page there (`EFAULT`): a hole was punched (CONTINUE), or the file is shorter (CONTINUE, POISON).
     CachePage,
 }
 
@@ -114,7 +114,7 @@ pub(crate) fn decode(
             (Errno::EXIST, _) => Ok(Resolved::Present),
             (Errno::SRCH, _) => Ok(Resolved::Gone(Gone::Process)),
             (Errno::NOENT, _) => Ok(Resolved::Gone(Gone::Range)),
-            (Errno::FAULT, Operation::Continue) => Ok(Resolved::Gone(Gone::CachePage)),
+            (Errno::FAULT, Operation::Continue | Operation::Poison) => Ok(Resolved::Gone(Gone::CachePage)),
             (Errno::NOMEM, _) => Ok(Resolved::NoMemory),
             (errno, _) => Err(Unexpected::Errno(errno)),
         },
@@ -203,7 +203,8 @@ mod tests {
                         Ok(Resolved::Gone(Gone::Range)) => assert!(fits && errno == Errno::NOENT, "{case}"),
                         Ok(Resolved::Gone(Gone::CachePage)) => {
                             assert!(
-                                fits && errno == Errno::FAULT && operation == Operation::Continue,
+                                fits && errno == Errno::FAULT
+                                    && matches!(operation, Operation::Continue | Operation::Poison),
                                 "{case}"
                             );
                         }
@@ -230,8 +231,10 @@ mod tests {
     #[test]
     fn a_copy_that_cannot_read_its_source_is_misuse() {
         assert_eq!(decoded(Err(Errno::FAULT), -14), Err(Unexpected::Errno(Errno::FAULT)));
-        let gone = decode(Operation::Continue, 4096, Err(Errno::FAULT), -14);
-        assert_eq!(gone, Ok(Resolved::Gone(Gone::CachePage)));
+        for operation in [Operation::Continue, Operation::Poison] {
+            let gone = decode(operation, 4096, Err(Errno::FAULT), -14);
+            assert_eq!(gone, Ok(Resolved::Gone(Gone::CachePage)), "{operation}");
+        }
     }
 
     #[test]

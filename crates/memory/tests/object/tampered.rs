@@ -1,4 +1,4 @@
-//! Memory that somebody else in the process has locked, sealed, unmapped or mapped over.
+//! Memory that somebody else has locked, sealed, unmapped, mapped over or cut off.
 
 #![expect(unsafe_code, reason = "memory is locked, sealed, unmapped and mapped over by address")]
 
@@ -6,8 +6,8 @@ use core::ffi::c_void;
 use std::io;
 
 use afterimage_memory::State;
-use afterimage_mmu::{Age, HvaRange, RetryPoint};
-use afterimage_testing::skip;
+use afterimage_mmu::{Age, HvaRange, PageSize, RetryPoint};
+use afterimage_testing::{HugePages, skip};
 use afterimage_uffd::Backing;
 use rustix::mm::{MlockFlags, MprotectFlags};
 
@@ -170,5 +170,25 @@ fn a_checkpoint_protects_what_lies_behind_a_page_that_was_mapped_over() {
         write.expect("it was begun").finish();
         assert_eq!(machine.read(5), 5, "{backing:?}");
         machine.stop_clean();
+    }
+}
+
+#[test]
+fn who_waits_for_a_page_that_is_cut_off_its_file_is_woken() {
+    let Some(_pool) = HugePages::claim("cut off", 2) else { return };
+    for page_size in [PageSize::Size4K, PageSize::Size2M] {
+        let setup = Setup { page_size, ..Setup::new("cut off", Backing::Shared, 2) };
+        let Some(machine) = setup.start() else { return };
+        machine.view.gate.close_for(page_size.frames());
+        let touch = machine.probing(1);
+        machine.view.gate.wait_for_someone();
+        let file = machine.object.file().expect("a file");
+        rustix::fs::ftruncate(file, page_size.bytes()).expect("it can be shorter");
+        machine.view.gate.open();
+        let nothing = touch.finish().expect_err("the file ends before it");
+        assert!(nothing.to_string().contains("MADV_POPULATE_READ"), "{page_size:?}: {nothing}");
+        machine.write(0, 1000);
+        assert_eq!(machine.read(0), 1000, "{page_size:?}");
+        assert_eq!(machine.stop().len(), 1, "{page_size:?}");
     }
 }
