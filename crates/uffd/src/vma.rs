@@ -194,8 +194,8 @@ impl<Page> UffdMmu<Page> {
     }
 
     /// Poisons the page at `range`, whatever the protocol says: for faults that nothing else can end. A page that is there
-    /// by now, protected or not, needs no poison, and its waiters have been woken. Who waits for a page that somebody has unmapped, or mapped
-    /// over, is woken, too, and finds what is there now.
+    /// by now, protected or not, needs no poison, and its waiters have been woken. Who waits for a page that somebody has unmapped, mapped
+    /// over or cut off its file is woken, too, and finds what is there now.
     pub(crate) fn poison_at(&self, range: HvaRange) -> Result<Mapped, UffdError> {
         let poisoned = self.on_part(range, Operation::Poison, |uffd| uffd.poison(range, Wake::Now));
         if let Err(UffdError::Lost { .. }) = poisoned {
@@ -292,9 +292,13 @@ impl<Page> UffdMmu<Page> {
 impl<Page> UffdMmu<Page> {
     /// The frames of the page behind `gfn`.
     fn page_of(&self, slot: &Memslot, gfn: Gfn) -> GfnRange {
-        let bytes = self.page_size().bytes();
-        let start = Hva::new(slot.hva_of(gfn).as_u64() & !(bytes - 1));
-        slot.gfns_in(HvaRange::new(start, start + bytes))
+        slot.gfns_in(self.pages_of(slot, GfnRange::new(gfn, gfn + 1)))
+    }
+
+    /// The whole pages behind `gfns`: a page is mapped, and taken away, as a whole.
+    fn pages_of(&self, slot: &Memslot, gfns: GfnRange) -> HvaRange {
+        let (range, mask) = (slot.hvas_of(gfns), self.page_size().bytes() - 1);
+        HvaRange::new(Hva::new(range.start.as_u64() & !mask), Hva::new((range.end.as_u64() + mask) & !mask))
     }
 }
 
@@ -360,7 +364,7 @@ impl<Page: VmaPage> SecondaryMmu for UffdMmu<Page> {
         let mut next = gfns.start;
         while next < gfns.end {
             let done = GfnRange::new(next, gfns.end.min(next + step));
-            let range = slot.hvas_of(done);
+            let range = self.pages_of(slot, done);
             match zap {
                 Zap::Unmap => self.unmap(range),
                 Zap::WriteProtect | Zap::TrackDirty => self.write_protect(range),
@@ -375,7 +379,7 @@ impl<Page: VmaPage> SecondaryMmu for UffdMmu<Page> {
 
     fn age(&self, slot: &Memslot, gfns: GfnRange, age: Age, _walking: Walking<'_>) -> Young {
         if age == Age::Clear && self.backing == Backing::Shared {
-            self.unmap(slot.hvas_of(gfns));
+            self.unmap(self.pages_of(slot, gfns));
         }
         Young::Unknown
     }

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 
 use afterimage_memory::{FileSource, Kind, MemoryError, State};
-use afterimage_mmu::{FRAME_BYTES, PageSize, Pfn, PfnRange};
+use afterimage_mmu::{Age, Blocking, FRAME_BYTES, HvaRange, PageSize, Pfn, PfnRange, Zap};
 use afterimage_testing::HugePages;
 use afterimage_uffd::Backing;
 
@@ -125,6 +125,40 @@ fn huge_pages_move_as_a_whole() {
         assert_eq!([0, 1, 2].map(|page| machine.read(page)), [1000, 0, 0], "{backing:?}");
         machine.stop_clean();
     }
+}
+
+/// A page is mapped as a whole, so an invalidation of a part of it takes all of it.
+#[test]
+fn a_part_of_a_huge_page_takes_the_page_with_it() {
+    const FRAMES: u64 = 512;
+    let Some(_pages) = HugePages::claim("a part of a huge page", 3) else { return };
+    let setup = Setup { page_size: PageSize::Size2M, ..Setup::new("a part", Backing::Shared, 3) };
+    let Some(machine) = setup.start() else { return };
+    let part = PfnRange::new(Pfn::new(FRAMES + 3), Pfn::new(2 * FRAMES + 5));
+    let start = machine.mapping.range().start;
+    let hvas =
+        HvaRange::new(start + part.start.as_u64() * FRAME_BYTES, start + part.end.as_u64() * FRAME_BYTES);
+    let invalidate = |zap| drop(machine.mmu.invalidate(hvas, zap, Blocking::Allowed));
+    let mut faults = 0;
+    for page in 0..3 {
+        machine.write(page, 100 + page);
+        faults += 1;
+    }
+    machine.wait_taken(faults);
+    for round in 1..4 {
+        match round {
+            1 => _ = machine.object.age(part, Age::Clear),
+            2 => invalidate(Zap::Unmap),
+            _ => invalidate(Zap::WriteProtect),
+        }
+        for page in 0..3 {
+            machine.write(page, 100 * round + page);
+        }
+        faults += 2;
+        machine.wait_taken(faults);
+    }
+    assert_eq!([0, 1, 2].map(|page| machine.read(page)), [300, 301, 302]);
+    machine.stop_clean();
 }
 
 #[test]
