@@ -11,6 +11,7 @@ mod report;
 mod served;
 mod soft;
 mod source_file;
+mod stop;
 
 use std::process::ExitCode;
 use std::sync::Arc;

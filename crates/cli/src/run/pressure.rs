@@ -1,7 +1,7 @@
 //! What takes the guest's memory away: one thread for each kind of invalidation.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -14,6 +14,7 @@ use super::choices::InvalidateChoice;
 use super::dirty::{self, DirtyCounts};
 use super::machine::{Engine, Machine};
 use super::options::RunPlan;
+use super::stop::Stop;
 
 /// How often the budget and the guest's mailbox are looked at.
 const LOOK_EVERY: Duration = Duration::from_micros(200);
@@ -41,7 +42,7 @@ const CHECKPOINT_PARTS: u64 = 16;
 #[derive(Debug)]
 pub(crate) struct Pressure {
     threads: Vec<JoinHandle<Result<()>>>,
-    stop: Arc<AtomicBool>,
+    stop: Arc<Stop>,
     /// What the dirty log has said so far.
     pub(crate) dirty: Arc<DirtyCounts>,
     /// Blocks that were fetched from and recovered.
@@ -64,12 +65,12 @@ struct Reach {
     engine: Arc<dyn Engine>,
     guest: GuestHandle,
     aim: Aim,
-    stop: Arc<AtomicBool>,
+    stop: Arc<Stop>,
 }
 
 impl Reach {
     fn is_running(&self) -> bool {
-        !self.stop.load(Ordering::Acquire)
+        !self.stop.is_asked()
     }
 
     /// Where to take memory away in this turn.
@@ -93,7 +94,7 @@ impl Reach {
 impl Pressure {
     /// Starts a thread that keeps the budget, and one for each kind that was asked for.
     pub(crate) fn start(plan: &RunPlan, machine: &Machine) -> Result<Self> {
-        let stop = Arc::new(AtomicBool::new(false));
+        let stop = Arc::new(Stop::default());
         let reach = Reach {
             object: Arc::clone(&machine.object),
             engine: Arc::clone(&machine.engine),
@@ -181,7 +182,7 @@ impl Pressure {
 
     /// Ends the threads; what they have begun, they finish.
     pub(crate) fn stop(self) -> Result<()> {
-        self.stop.store(true, Ordering::Release);
+        self.stop.ask();
         let mut result = Ok(());
         for thread in self.threads {
             let ended = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
@@ -289,7 +290,7 @@ fn age(reach: &Reach) -> Result<()> {
         let part = reach.whole_pages(parts.next().expect("it goes round"));
         // Who was young is the budget's to ask; here it is only made to forget.
         let _ = reach.object.age(part, Age::Clear);
-        thread::sleep(AGE_EVERY);
+        reach.stop.sleep(AGE_EVERY);
     }
     Ok(())
 }
@@ -298,7 +299,7 @@ fn age(reach: &Reach) -> Result<()> {
 fn every(reach: &Reach, pause: Duration, what: impl Fn() -> Result<(), SlotError>) -> Result<()> {
     while reach.is_running() {
         what()?;
-        thread::sleep(pause);
+        reach.stop.sleep(pause);
     }
     Ok(())
 }
@@ -319,7 +320,7 @@ fn checkpoint(reach: &Reach) -> Result<()> {
         let part = reach.whole_pages(parts.next().expect("it goes round"));
         let mut bytes = 0_u64;
         reach.object.protect(part, |_, page| bytes += page.map_or(0, |page| page.len() as u64))?;
-        thread::sleep(CHECKPOINT_EVERY);
+        reach.stop.sleep(CHECKPOINT_EVERY);
     }
     Ok(())
 }
