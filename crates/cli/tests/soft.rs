@@ -117,8 +117,10 @@ fn what_was_fetched_from_is_recovered() {
 fn a_long_period_does_not_outlast_the_run() {
     let _alone = alone();
     let memory = ["--page-size", "2m", "--memory", "16m", "--resident", "16m"];
-    let options: Vec<_> =
-        memory.into_iter().chain(["--invalidate", "nx", "--nx-period", "1h", "--duration", "500ms"]).collect();
+    let options: Vec<_> = memory
+        .into_iter()
+        .chain(["--invalidate", "nx", "--nx-period", "1h", "--duration", "500ms"])
+        .collect();
     let run = run(["--guest", "soft"].iter().chain(&options));
     assert_eq!(run.ended.code(), 0, "{:?}", run.ended);
     assert_eq!(run.number("/options/nx_period_ns"), 3_600_000_000_000);

@@ -90,4 +90,4 @@ pub use progress::{Progress, Stop};
 pub use register::{RangeIoctls, RegisterModes};
 pub use resolve::{Protection, SourceHoles, Wake};
 pub use vma::{Backing, Place, UffdMmu, VmaPage};
-pub use workers::{AfterRetry, FaultReport, ServeOptions, Workers};
+pub use workers::{AfterRetry, FaultReport, ServeOptions, WorkerFailure, Workers};

@@ -133,19 +133,26 @@ pub(super) struct Start<'p> {
     pub(super) plan: &'p RunPlan,
     pub(super) object: ObjectOptions,
     words: Words,
-    tag_check: bool,
 }
 
 impl Machine {
     /// Sets everything up and starts the guest and who serves its faults.
     pub(crate) fn start(plan: &mut RunPlan) -> anyhow::Result<Self> {
-        let pattern = Pattern::new(plan.seed);
-        let frames = plan.memory / FRAME_BYTES;
-        let file = plan.source.take().map(Arc::new);
-        let source: Arc<dyn Source> = match &file {
-            Some(file) => Arc::clone(file) as _,
-            None => Arc::new(PatternSource::new(pattern, GfnRange::new(Gfn::new(0), Gfn::new(frames)))),
-        };
+        match plan.source.take() {
+            None => {
+                let pattern = Pattern::new(plan.seed);
+                let frames = GfnRange::new(Gfn::new(0), Gfn::new(plan.memory / FRAME_BYTES));
+                Self::restore(plan, Arc::new(PatternSource::new(pattern, frames)), Words::Pattern(pattern))
+            }
+            Some(file) => {
+                let words = Words::of(&file, plan.memory / FRAME_BYTES)?;
+                Self::restore(plan, Arc::new(file), words)
+            }
+        }
+    }
+
+    /// The same, from `source`, which has these words.
+    pub(super) fn restore(plan: &RunPlan, source: Arc<dyn Source>, words: Words) -> anyhow::Result<Self> {
         let object = ObjectOptions {
             bytes: plan.memory,
             page_size: plan.page_size,
@@ -154,11 +161,7 @@ impl Machine {
             stored_bytes: plan.stored,
             batch_pages: plan.batch_pages,
         };
-        let words = match &file {
-            None => Words::Pattern(pattern),
-            Some(file) => Words::of(file, frames)?,
-        };
-        let start = Start { plan, object, words, tag_check: file.is_none() };
+        let start = Start { plan, object, words };
         let machine = match &plan.host {
             HostPlan::Uffd(uffd) => Served::start(start, uffd)?,
             HostPlan::Soft(soft) => Soft::start(start, soft)?,
@@ -178,7 +181,7 @@ impl Start<'_> {
         spec.workload = plan.workload;
         spec.seed = plan.seed;
         spec.cross_every = CROSS_EVERY;
-        spec.tag_check = self.tag_check;
+        spec.tag_check = matches!(self.words, Words::Pattern(_));
         if plan.invalidate.contains(&InvalidateChoice::Discard) {
             spec.discards = Discards { every: discard_every(plan.page_size), share: 0.25 };
         }
@@ -195,7 +198,7 @@ impl Start<'_> {
 }
 
 /// The words of the snapshot that the guest checks.
-enum Words {
+pub(super) enum Words {
     Pattern(Pattern),
     /// Of a memory file, read before the guest runs, past the engine.
     File(Vec<[u64; 3]>),

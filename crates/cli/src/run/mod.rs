@@ -2,6 +2,7 @@
 
 mod choices;
 mod dirty;
+mod ending;
 mod hosts;
 mod live;
 mod machine;
@@ -12,6 +13,7 @@ mod served;
 mod soft;
 mod source_file;
 mod stop;
+mod threads;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -21,6 +23,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
+use self::ending::Ending;
 use self::live::LiveLine;
 use self::machine::{Host, Machine};
 pub(crate) use self::options::RunArgs;
@@ -38,6 +41,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(50);
 const SHOW_EVERY: Duration = Duration::from_millis(250);
 /// A guest that makes no access for so long hangs.
 const STALL: Duration = Duration::from_secs(10);
+/// How long threads may take to end when they are asked to.
+const GRACE: Duration = Duration::from_secs(10);
 
 /// Runs a guest and reports.
 pub(crate) fn run(args: RunArgs) -> Result<ExitCode> {
@@ -72,8 +77,8 @@ fn finish(
     interrupted: &AtomicBool,
 ) -> Result<ExitCode> {
     let pressure = Pressure::start(plan, &machine)?;
-    let mut failures = watch(plan, &machine, &pressure, interrupted);
-    let mut outcome = stop(machine, pressure, &mut failures)?;
+    let ending = watch(plan, &machine, &pressure, interrupted);
+    let mut outcome = stop(machine, pressure, ending, GRACE)?;
     // Who interrupts a run at its start has not shown anything to be wrong.
     if outcome.guest.counters().accesses == 0 && !interrupted.load(Ordering::Relaxed) {
         outcome.failures.push("the guest made no access at all".to_owned());
@@ -91,12 +96,12 @@ fn finish(
 
 /// Waits for the end of the time, for Ctrl-C, or for something to go wrong, which it returns. On a machine so busy that the guest
 /// has made no access by then, it gets more time.
-fn watch(plan: &RunPlan, machine: &Machine, pressure: &Pressure, interrupted: &AtomicBool) -> Vec<String> {
+fn watch(plan: &RunPlan, machine: &Machine, pressure: &Pressure, interrupted: &AtomicBool) -> Ending {
     let started = Instant::now();
     let mut line = LiveLine::start(plan.duration, machine);
     let mut shown = started;
     let mut progress = (started, 0);
-    let mut failures = Vec::new();
+    let mut ending = Ending::default();
     while (started.elapsed() < plan.duration || progress.1 == 0) && !interrupted.load(Ordering::Relaxed) {
         let left = plan.duration.saturating_sub(started.elapsed());
         thread::sleep(if left.is_zero() { LOOK_EVERY } else { LOOK_EVERY.min(left) });
@@ -112,7 +117,7 @@ fn watch(plan: &RunPlan, machine: &Machine, pressure: &Pressure, interrupted: &A
         if accesses != progress.1 {
             progress = (Instant::now(), accesses);
         } else if progress.0.elapsed() > STALL {
-            failures.push(format!("the guest hangs: no access for {STALL:?}"));
+            ending.fail(format!("the guest hangs: no access for {STALL:?}"));
             break;
         }
         if shown.elapsed() >= SHOW_EVERY {
@@ -121,25 +126,27 @@ fn watch(plan: &RunPlan, machine: &Machine, pressure: &Pressure, interrupted: &A
         }
     }
     line.finish();
-    failures
+    ending
 }
 
-/// Stops everything in order: the guest while its faults are still served, then what takes memory away, then the workers.
-fn stop(machine: Machine, pressure: Pressure, failures: &mut Vec<String>) -> Result<Outcome> {
+/// Stops everything in order: the guest while its faults are still served, then what takes memory away, then the workers. Who
+/// does not end within `grace` is left behind.
+fn stop(machine: Machine, pressure: Pressure, mut ending: Ending, grace: Duration) -> Result<Outcome> {
     let Machine { object, engine, guest, host } = machine;
     let guest = guest.stop().context("the guest could not be stopped")?;
     let (counts, nx_blocks) = (Arc::clone(&pressure.dirty), Arc::clone(&pressure.nx_blocks));
-    if let Err(error) = pressure.stop() {
-        failures.push(format!("taking memory away failed: {error:#}"));
-    }
+    pressure.stop(grace, &mut ending);
     if let Some(failure) = guest.failure() {
-        failures.push(failure.to_string());
+        ending.fail(failure.to_string());
     }
     match host {
-        Host::Served(served) => served.stop(failures),
-        Host::Soft(soft) => soft.stop(failures),
+        Host::Served(served) => served.stop(grace, &mut ending),
+        Host::Soft(soft) => soft.stop(&mut ending),
     }
-    object.detach_all();
+    if !ending.is_left {
+        // It waits for invalidations that are under way.
+        object.detach_all();
+    }
     Ok(Outcome {
         guest,
         faults: engine.fault_stats(),
@@ -149,6 +156,9 @@ fn stop(machine: Machine, pressure: Pressure, failures: &mut Vec<String>) -> Res
         bookkeeping_bytes: object.bookkeeping_bytes(),
         dirty: counts.get(),
         nx_recovered_blocks: nx_blocks.load(Ordering::Relaxed),
-        failures: std::mem::take(failures),
+        failures: ending.failures,
     })
 }
+
+#[cfg(test)]
+mod tests;

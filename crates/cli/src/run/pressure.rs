@@ -2,19 +2,21 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use afterimage_memory::{MemoryError, MemoryObject, Moved};
 use afterimage_mmu::{Age, Gfn, Pfn, PfnRange, SlotError};
 use afterimage_vm::{GuestHandle, GuestKind};
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 
 use super::choices::InvalidateChoice;
 use super::dirty::{self, DirtyCounts};
+use super::ending::Ending;
 use super::machine::{Engine, Machine};
 use super::options::RunPlan;
 use super::stop::Stop;
+use super::threads::Threads;
 
 /// How often the budget and the guest's mailbox are looked at.
 const LOOK_EVERY: Duration = Duration::from_micros(200);
@@ -41,8 +43,7 @@ const CHECKPOINT_PARTS: u64 = 16;
 /// The running threads.
 #[derive(Debug)]
 pub(crate) struct Pressure {
-    threads: Vec<JoinHandle<Result<()>>>,
-    stop: Arc<Stop>,
+    threads: Threads,
     /// What the dirty log has said so far.
     pub(crate) dirty: Arc<DirtyCounts>,
     /// Blocks that were fetched from and recovered.
@@ -94,18 +95,17 @@ impl Reach {
 impl Pressure {
     /// Starts a thread that keeps the budget, and one for each kind that was asked for.
     pub(crate) fn start(plan: &RunPlan, machine: &Machine) -> Result<Self> {
-        let stop = Arc::new(Stop::default());
+        let mut pressure =
+            Self { threads: Threads::default(), dirty: Arc::default(), nx_blocks: Arc::default() };
         let reach = Reach {
             object: Arc::clone(&machine.object),
             engine: Arc::clone(&machine.engine),
             guest: machine.guest.handle(),
             aim: if plan.guest == GuestKind::Soft { Aim::Anywhere } else { Aim::Running },
-            stop: Arc::clone(&stop),
+            stop: Arc::clone(pressure.threads.stop()),
         };
-        let mut pressure =
-            Self { threads: Vec::new(), stop, dirty: Arc::default(), nx_blocks: Arc::default() };
         let budget = reach.clone();
-        pressure.spawn("budget", move || keep_budget(&budget))?;
+        pressure.threads.spawn("budget", move || keep_budget(&budget))?;
         for kind in &plan.invalidate {
             let reach = reach.clone();
             // Pages migrate one by one, while whole blocks do: so one invalidation often lies within another.
@@ -114,40 +114,43 @@ impl Pressure {
             match kind {
                 // Only the budget evicts. A thread without work would end, which is what a failed one does.
                 InvalidateChoice::Evict | InvalidateChoice::Migrate if plan.pressure == 0 => {}
-                InvalidateChoice::Evict => pressure.spawn("evict", move || {
+                InvalidateChoice::Evict => pressure.threads.spawn("evict", move || {
                     where_it_runs(&reach, per_second, batch, |frames| {
                         unless_full(reach.object.evict(frames)).map(drop)
                     })
                 })?,
                 InvalidateChoice::Migrate => {
                     let compacting = reach.clone();
-                    pressure.spawn("migrate", move || {
+                    pressure.threads.spawn("migrate", move || {
                         where_it_runs(&reach, per_second, page, |frames| {
                             Ok(reach.object.migrate(frames).map(drop)?)
                         })
                     })?;
-                    pressure.spawn("compact", move || {
+                    pressure.threads.spawn("compact", move || {
                         let per_second = per_second.div_ceil(COMPACT_EVERY);
                         where_it_runs(&compacting, per_second, COMPACT_FRAMES, |frames| {
                             Ok(compacting.object.migrate(frames).map(drop)?)
                         })
                     })?;
                 }
-                InvalidateChoice::Discard => pressure.spawn("discard", move || discard(&reach))?,
-                InvalidateChoice::Protect => pressure.spawn("checkpoint", move || checkpoint(&reach))?,
-                InvalidateChoice::Age => pressure.spawn("age", move || age(&reach))?,
+                InvalidateChoice::Discard => pressure.threads.spawn("discard", move || discard(&reach))?,
+                InvalidateChoice::Protect => {
+                    pressure.threads.spawn("checkpoint", move || checkpoint(&reach))?
+                }
+                InvalidateChoice::Age => pressure.threads.spawn("age", move || age(&reach))?,
                 InvalidateChoice::Dirty => {
                     let counts = Arc::clone(&pressure.dirty);
-                    pressure.spawn("dirty", move || {
+                    pressure.threads.spawn("dirty", move || {
                         dirty::log(&reach.engine, &reach.guest, &counts, || reach.is_running())
                     })?;
                 }
-                InvalidateChoice::Split => {
-                    pressure.spawn("split", move || every(&reach, SPLIT_EVERY, || reach.engine.split()))?
-                }
+                InvalidateChoice::Split => pressure
+                    .threads
+                    .spawn("split", move || every(&reach, SPLIT_EVERY, || reach.engine.split()))?,
                 InvalidateChoice::Collapse => pressure
+                    .threads
                     .spawn("collapse", move || every(&reach, COLLAPSE_EVERY, || reach.engine.collapse()))?,
-                InvalidateChoice::Reload => pressure.spawn("reload", move || {
+                InvalidateChoice::Reload => pressure.threads.spawn("reload", move || {
                     every(&reach, RELOAD_EVERY, || {
                         reach.engine.reload();
                         Ok(())
@@ -155,7 +158,7 @@ impl Pressure {
                 })?,
                 InvalidateChoice::Nx => {
                     let (nx, blocks) = (plan.nx, Arc::clone(&pressure.nx_blocks));
-                    pressure.spawn("nx", move || {
+                    pressure.threads.spawn("nx", move || {
                         every(&reach, nx.period, || {
                             blocks.fetch_add(reach.engine.recover_nx(nx.ratio), Ordering::Relaxed);
                             Ok(())
@@ -168,27 +171,14 @@ impl Pressure {
         Ok(pressure)
     }
 
-    fn spawn(&mut self, name: &str, body: impl FnOnce() -> Result<()> + Send + 'static) -> Result<()> {
-        let thread = thread::Builder::new().name(name.to_owned()).spawn(body);
-        self.threads
-            .push(thread.with_context(|| format!("no thread can be started for {name}: see ulimit -u"))?);
-        Ok(())
-    }
-
     /// Whether a thread has ended by itself, which only an error makes it do.
-    pub(crate) fn has_failed(&self) -> bool {
-        self.threads.iter().any(JoinHandle::is_finished)
+    pub(super) fn has_failed(&self) -> bool {
+        self.threads.has_failed()
     }
 
-    /// Ends the threads; what they have begun, they finish.
-    pub(crate) fn stop(self) -> Result<()> {
-        self.stop.ask();
-        let mut result = Ok(());
-        for thread in self.threads {
-            let ended = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-            result = result.and(ended);
-        }
-        result
+    /// Ends the threads, within `grace`.
+    pub(super) fn stop(self, grace: Duration, ending: &mut Ending) {
+        self.threads.end(grace, ending);
     }
 }
 

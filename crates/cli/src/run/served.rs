@@ -2,13 +2,17 @@
 
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use afterimage_memory::{MemoryObject, MemoryView, ObjectOptions, ObjectPage, PageError};
 use afterimage_mmu::{FRAME_BYTES, Gfn, GuestMmu, Memslot, Notifier, PageSize};
-use afterimage_uffd::{Backing, FaultReport, Features, Mapping, OpenOptions, UffdMmu, Workers};
+use afterimage_uffd::{
+    Backing, FaultReport, Features, Mapping, OpenOptions, UffdMmu, WorkerFailure, Workers,
+};
 use afterimage_vm::{Guest, GuestMemory};
 use anyhow::{Context, Result};
 
+use super::ending::Ending;
 use super::hosts::UffdPlan;
 use super::machine::{Host, Machine, SLOT, Start};
 use super::options::RunPlan;
@@ -53,13 +57,14 @@ impl Served {
         self.workers.has_failed()
     }
 
-    /// Ends the workers; what went wrong goes to `failures`.
-    pub(super) fn stop(self, failures: &mut Vec<String>) {
-        if let Err(error) = self.workers.stop() {
-            failures.push(format!("serving faults failed: {error}"));
+    /// Ends the workers, within `grace`.
+    pub(super) fn stop(self, grace: Duration, ending: &mut Ending) {
+        for failure in self.workers.stop_within(grace) {
+            ending.is_left |= matches!(failure, WorkerFailure::Stuck { .. });
+            ending.fail(failure.to_string());
         }
         for report in self.poisoned.lock().unwrap_or_else(PoisonError::into_inner).iter() {
-            failures.push(report.error.to_string());
+            ending.fail(report.error.to_string());
         }
     }
 }

@@ -13,6 +13,7 @@ use afterimage_vm::{Fetches, Guest, GuestMemory, Hardware, PhysicalMemory, SoftM
 use anyhow::{Context, Result};
 
 use super::choices::{DirtyChoice, FormatChoice, InvalidateChoice};
+use super::ending::Ending;
 use super::hosts::SoftPlan;
 use super::machine::{Host, Machine, SLOT, Start};
 
@@ -122,11 +123,11 @@ impl Soft {
         Ok(Machine { object, engine: mmu, guest, host: Host::Soft(Self { frames, tables }) })
     }
 
-    /// What was written to after it had been freed goes to `failures`.
-    pub(super) fn stop(self, failures: &mut Vec<String>) {
+    /// What was written to after it had been freed is a failure.
+    pub(super) fn stop(self, ending: &mut Ending) {
         for (what, count) in [("frames", self.frames.scribbled()), ("tables", self.tables.scribbled())] {
             if count > 0 {
-                failures.push(format!("{count} {what} were written to after they had been freed"));
+                ending.fail(format!("{count} {what} were written to after they had been freed"));
             }
         }
     }

@@ -18,6 +18,7 @@
 //! Two kinds of fault wait as long as it takes: those on memory that is in no memslot, which may be in one again, and
 //! those of a worker that is stopped. Stop the guest first.
 
+mod failure;
 mod last_try;
 mod parked;
 mod worker;
@@ -27,10 +28,11 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use afterimage_mmu::{FaultError, Gfn, GuestMmu, PrimaryMmu};
 
+pub use self::failure::WorkerFailure;
 use self::worker::Worker;
 use crate::{UffdError, UffdMmu, VmaPage};
 
@@ -147,9 +149,22 @@ impl Workers {
         self.finish()
     }
 
-    fn finish(&mut self) -> Result<(), UffdError> {
+    /// Ends the workers and waits for them, at most for `grace`. A worker that is still at a fault by then, in a source that
+    /// does not answer or in a change of the page that does not end, is left behind, with all that it holds.
+    pub fn stop_within(mut self, grace: Duration) -> Vec<WorkerFailure> {
+        self.ask();
+        let deadline = Instant::now() + grace;
+        let threads = self.threads.drain(..).enumerate();
+        threads.filter_map(|(worker, thread)| failure::of(worker, thread, deadline, grace)).collect()
+    }
+
+    fn ask(&self) {
         self.stop.asked.store(true, Ordering::Release);
         (self.stop.ring)();
+    }
+
+    fn finish(&mut self) -> Result<(), UffdError> {
+        self.ask();
         let mut result = Ok(());
         for thread in self.threads.drain(..) {
             let ended = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
