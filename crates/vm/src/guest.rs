@@ -177,7 +177,7 @@ impl Guest {
     /// As [`Guest::stop`].
     pub fn stop_within(mut self, grace: Duration) -> Result<GuestReport, VmError> {
         self.end_all(grace)?;
-        Ok(self.report())
+        Ok(self.handle.report())
     }
 
     fn end_all(&mut self, grace: Duration) -> Result<(), VmError> {
@@ -210,23 +210,6 @@ impl Guest {
             let _ = thread.join();
         }
         Ok(())
-    }
-
-    fn report(&self) -> GuestReport {
-        let state = &self.handle.state;
-        let elapsed = state.started.elapsed();
-        let vcpu = |(vcpu, end): (usize, &Option<VcpuEnd>)| {
-            let block = state.system.block(vcpu);
-            VcpuReport {
-                counters: Counters::of(block),
-                end: end.clone().expect("all vCPUs have ended"),
-                exits: state.exits[vcpu].load(Relaxed),
-                wrong_pages: WrongPage::read_all(vcpu, block, state.khz),
-                latency: self.handle.latency_of(vcpu..vcpu + 1),
-            }
-        };
-        let vcpus = state.ends().iter().enumerate().map(vcpu).collect();
-        GuestReport { vcpus, elapsed }
     }
 }
 
@@ -289,6 +272,24 @@ impl GuestHandle {
             latency.inside.add_live(self.state.system.histogram(vcpu, true));
         }
         latency
+    }
+
+    /// What the guest has done so far: also where it [did not stop](VmError::DidNotStop).
+    pub fn report(&self) -> GuestReport {
+        let state = &self.state;
+        let elapsed = state.started.elapsed();
+        let vcpu = |(vcpu, end): (usize, &Option<VcpuEnd>)| {
+            let block = state.system.block(vcpu);
+            VcpuReport {
+                counters: Counters::of(block),
+                end: end.clone().unwrap_or(VcpuEnd::Running { gfn: self.current_gfn(vcpu) }),
+                exits: state.exits[vcpu].load(Relaxed),
+                wrong_pages: WrongPage::read_all(vcpu, block, state.khz),
+                latency: self.latency_of(vcpu..vcpu + 1),
+            }
+        };
+        let vcpus = state.ends().iter().enumerate().map(vcpu).collect();
+        GuestReport { vcpus, elapsed }
     }
 
     /// Where invalidation windows are published.

@@ -178,6 +178,11 @@ impl fmt::Display for WrongPage {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum VcpuEnd {
+    /// Not at all: it runs, or hangs.
+    Running {
+        /// The frame that it is at.
+        gfn: Gfn,
+    },
     /// It saw the stop flag.
     Stopped,
     /// It has made all its accesses.
@@ -218,6 +223,7 @@ impl VcpuEnd {
 impl fmt::Display for VcpuEnd {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Running { gfn } => write!(f, "has not ended, and is at gfn {gfn}"),
             Self::Stopped => f.write_str("stopped"),
             Self::Limit => f.write_str("made all its accesses"),
             Self::Kicked { gfn } => write!(f, "was still waiting for gfn {gfn} and had to be kicked"),
@@ -258,7 +264,7 @@ pub struct VcpuReport {
     pub latency: Latency,
 }
 
-/// What a stopped guest did.
+/// What a guest did.
 #[derive(Clone, Debug)]
 pub struct GuestReport {
     /// By vCPU.

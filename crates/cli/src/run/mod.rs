@@ -21,7 +21,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
 use self::ending::Ending;
 use self::live::LiveLine;
@@ -78,7 +78,7 @@ fn finish(
 ) -> Result<ExitCode> {
     let pressure = Pressure::start(plan, &machine)?;
     let ending = watch(plan, &machine, &pressure, interrupted);
-    let mut outcome = stop(machine, pressure, ending, GRACE)?;
+    let mut outcome = stop(machine, pressure, ending, GRACE);
     // Who interrupts a run at its start has not shown anything to be wrong.
     if outcome.guest.counters().accesses == 0 && !interrupted.load(Ordering::Relaxed) {
         outcome.failures.push("the guest made no access at all".to_owned());
@@ -131,9 +131,13 @@ fn watch(plan: &RunPlan, machine: &Machine, pressure: &Pressure, interrupted: &A
 
 /// Stops everything in order: the guest while its faults are still served, then what takes memory away, then the workers. Who
 /// does not end within `grace` is left behind.
-fn stop(machine: Machine, pressure: Pressure, mut ending: Ending, grace: Duration) -> Result<Outcome> {
+fn stop(machine: Machine, pressure: Pressure, mut ending: Ending, grace: Duration) -> Outcome {
     let Machine { object, engine, guest, host } = machine;
-    let guest = guest.stop().context("the guest could not be stopped")?;
+    let handle = guest.handle();
+    let guest = guest.stop().unwrap_or_else(|error| {
+        ending.leave(format!("the guest could not be stopped: {error}"));
+        handle.report()
+    });
     let (counts, nx_blocks) = (Arc::clone(&pressure.dirty), Arc::clone(&pressure.nx_blocks));
     pressure.stop(grace, &mut ending);
     if let Some(failure) = guest.failure() {
@@ -147,7 +151,7 @@ fn stop(machine: Machine, pressure: Pressure, mut ending: Ending, grace: Duratio
         // It waits for invalidations that are under way.
         object.detach_all();
     }
-    Ok(Outcome {
+    Outcome {
         guest,
         faults: engine.fault_stats(),
         invalidations: engine.invalidation_stats(),
@@ -157,7 +161,7 @@ fn stop(machine: Machine, pressure: Pressure, mut ending: Ending, grace: Duratio
         dirty: counts.get(),
         nx_recovered_blocks: nx_blocks.load(Ordering::Relaxed),
         failures: ending.failures,
-    })
+    }
 }
 
 #[cfg(test)]

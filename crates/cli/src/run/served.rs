@@ -104,7 +104,8 @@ fn memory(
 #[expect(unsafe_code)]
 fn guest_memory(mapping: &Arc<Mapping>) -> GuestMemory {
     let host = NonNull::new(mapping.as_ptr()).expect("a mapping is not at address 0");
-    // SAFETY: (1) the mapping is that long; (2) it lives as long as the guest: the secondary MMU, which is
-    // dropped after the guest, holds it; (3) it is only accessed as guest memory.
+    // A vCPU that cannot be stopped uses it to the end of this process.
+    core::mem::forget(Arc::clone(mapping));
+    // SAFETY: (1) the mapping is that long; (2) it stays as long as this process; (3) it is only accessed as guest memory.
     unsafe { GuestMemory::from_raw(host, mapping.len() as usize) }
 }

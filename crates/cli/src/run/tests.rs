@@ -89,7 +89,7 @@ fn run_into_silence(guest: &str) -> serde_json::Value {
     source.wait_asked();
     let mut ending = Ending::default();
     ending.fail("found before");
-    let report = RunReport::new(&plan, stop(machine, pressure, ending, SOON).expect("the guest stops"));
+    let report = RunReport::new(&plan, stop(machine, pressure, ending, SOON));
     source.let_go();
     assert!(!report.is_good());
     serde_json::to_value(&report).expect("it can be written")
@@ -109,6 +109,15 @@ fn a_worker_that_does_not_end_is_told_with_all_the_rest() {
     for what in
         ["found before", "vCPU 0 was still waiting for gfn", "worker 0, which serves faults, did not end"]
     {
+        assert!(has_failure(&report, what), "{what}: {report:#}");
+    }
+    assert!(report["accesses"].as_u64().is_some_and(|count| count > 0), "{report:#}");
+}
+
+#[test]
+fn a_vcpu_that_does_not_stop_is_told_with_all_the_rest() {
+    let report = run_into_silence("soft");
+    for what in ["found before", "vCPU [0] did not stop", "vCPU 0 has not ended, and is at gfn"] {
         assert!(has_failure(&report, what), "{what}: {report:#}");
     }
     assert!(report["accesses"].as_u64().is_some_and(|count| count > 0), "{report:#}");
