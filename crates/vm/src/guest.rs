@@ -328,6 +328,11 @@ impl GuestHandle {
         failures.find(|(_, end)| !end.is_orderly()).map(|(vcpu, end)| VcpuFailure { vcpu, end: end.clone() })
     }
 
+    /// How `vcpu` has ended, if it has. Panics if there is no such vCPU.
+    pub fn end_of(&self, vcpu: usize) -> Option<VcpuEnd> {
+        self.state.ends()[vcpu].clone()
+    }
+
     /// Whether no vCPU runs any more.
     pub fn has_ended(&self) -> bool {
         self.state.running().is_empty()

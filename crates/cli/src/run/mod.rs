@@ -8,6 +8,7 @@ mod live;
 mod machine;
 mod options;
 mod pressure;
+mod progress;
 mod report;
 mod served;
 mod soft;
@@ -29,6 +30,7 @@ use self::machine::{Host, Machine};
 pub(crate) use self::options::RunArgs;
 use self::options::RunPlan;
 use self::pressure::Pressure;
+use self::progress::{Progress, STALL};
 use self::report::{Outcome, RunReport};
 use self::source_file::SourceFile;
 use crate::output::{Output, ended, say};
@@ -39,8 +41,6 @@ use crate::units;
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// How often the live line changes.
 const SHOW_EVERY: Duration = Duration::from_millis(250);
-/// A guest that makes no access for so long hangs.
-const STALL: Duration = Duration::from_secs(10);
 /// How long threads may take to end when they are asked to.
 const GRACE: Duration = Duration::from_secs(10);
 
@@ -100,9 +100,9 @@ fn watch(plan: &RunPlan, machine: &Machine, pressure: &Pressure, interrupted: &A
     let started = Instant::now();
     let mut line = LiveLine::start(plan.duration, machine);
     let mut shown = started;
-    let mut progress = (started, 0);
+    let mut progress = Progress::new(machine.guest.vcpus(), started);
     let mut ending = Ending::default();
-    while (started.elapsed() < plan.duration || progress.1 == 0) && !interrupted.load(Ordering::Relaxed) {
+    while (started.elapsed() < plan.duration || progress.is_none()) && !interrupted.load(Ordering::Relaxed) {
         let left = plan.duration.saturating_sub(started.elapsed());
         thread::sleep(if left.is_zero() { LOOK_EVERY } else { LOOK_EVERY.min(left) });
         let served = match &machine.host {
@@ -113,11 +113,10 @@ fn watch(plan: &RunPlan, machine: &Machine, pressure: &Pressure, interrupted: &A
             // Which of them, and why, is found when they are stopped.
             break;
         }
-        let accesses = machine.guest.counters().accesses;
-        if accesses != progress.1 {
-            progress = (Instant::now(), accesses);
-        } else if progress.0.elapsed() > STALL {
-            ending.fail(format!("the guest hangs: no access for {STALL:?}"));
+        let hanging = progress.look(&machine.guest);
+        if !hanging.is_empty() {
+            let why = hanging.iter().map(|vcpu| format!("vCPU {vcpu} hangs: no access for {STALL:?}"));
+            ending.failures.extend(why);
             break;
         }
         if shown.elapsed() >= SHOW_EVERY {
