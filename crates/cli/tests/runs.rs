@@ -2,7 +2,9 @@
 
 mod command;
 
+use std::ffi::OsStr;
 use std::fs::File;
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::FileExt as _;
 
 use afterimage_testing::{HugePages, skip};
@@ -384,6 +386,20 @@ fn a_memory_file_is_restored() {
         assert!(run.number("/memory/from_store_frames") > 0, "{:#}", run.json);
     }
     assert!(std::fs::read(&path).expect("it can be read") == before, "the source is only read");
+}
+
+/// A path may hold any bytes, and JSON only text.
+#[test]
+fn a_memory_file_of_any_name_can_be_told_of() {
+    let _alone = alone();
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join(OsStr::from_bytes(b"mem\xffory"));
+    memory_file(&path);
+    let options = ["--guest", "soft", "--duration", "200ms", "--source"].map(OsStr::new);
+    let run = run(options.into_iter().chain([path.as_os_str()]));
+    assert_eq!(run.ended.code(), 0, "{:?}", run.ended);
+    let shown = run.json["options"]["source"].as_str().expect("a path as text");
+    assert!(shown.ends_with("/mem\u{fffd}ory"), "{shown}");
 }
 
 #[test]

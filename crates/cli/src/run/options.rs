@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::num::NonZeroU32;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use afterimage_memory::FileSource;
@@ -11,7 +11,7 @@ use afterimage_uffd::{AfterRetry, Backing, ServeOptions};
 use afterimage_vm::{GuestKind, GuestSpec, Locality, Workload};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 #[cfg(feature = "mutations")]
 use super::choices::BreakChoice;
@@ -163,6 +163,7 @@ pub(crate) struct ShownOptions {
     page_size: String,
     backing: Option<String>,
     workload: String,
+    #[serde(serialize_with = "as_text")]
     pub(crate) source: Option<PathBuf>,
     invalidate: Vec<String>,
     dirty: Option<String>,
@@ -176,6 +177,11 @@ pub(crate) struct ShownOptions {
     uffds: Option<usize>,
     workers: Option<usize>,
     seed: u64,
+}
+
+/// A path may hold any bytes, and JSON only text.
+fn as_text<S: Serializer>(path: &Option<PathBuf>, to: S) -> Result<S::Ok, S::Error> {
+    path.as_deref().map(Path::to_string_lossy).serialize(to)
 }
 
 impl RunArgs {
