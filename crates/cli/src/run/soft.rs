@@ -125,6 +125,8 @@ impl Soft {
 
     /// What was written to after it had been freed is a failure.
     pub(super) fn stop(self, ending: &mut Ending) {
+        self.frames.sweep();
+        self.tables.sweep();
         for (what, count) in [("frames", self.frames.scribbled()), ("tables", self.tables.scribbled())] {
             if count > 0 {
                 ending.fail(format!("{count} {what} were written to after they had been freed"));

@@ -7,8 +7,8 @@
 //!   freed, so that it stays poisoned for long.
 //! * Each frame carries a generation, which moves on when it is given to a page and when it is taken back: odd while it is
 //!   somebody's. A walker that remembers it with a translation can tell a frame that has changed hands.
-//! * When a frame is given to a page again, its poison is looked at: a write to a freed frame has left its mark there
-//!   ([`FramePool::scribbled`]).
+//! * When a frame is given to a page again, its poison is looked at, and that of all that are free when somebody asks for it: a
+//!   write to a freed frame has left its mark there ([`FramePool::scribbled`]).
 //!
 //! A page's frame changes only with the page locked, inside an invalidation where it was mapped. Whoever reads
 //! `places` without the lock gets a number that may be old, and has it checked by the engine before it is installed.
@@ -95,9 +95,16 @@ impl FramePool {
         self.generations.get(place as usize).map_or(0, |generation| generation.load(Ordering::Acquire))
     }
 
-    /// Frames that were found written to when they were given to a page, after they had been freed.
+    /// Frames that were found written to after they had been freed: when they were given to a page, or by [`sweep`](Self::sweep).
     pub fn scribbled(&self) -> u64 {
         self.scribbled.load(Ordering::Relaxed)
+    }
+
+    /// Looks at the poison of every frame that is free.
+    pub fn sweep(&self) {
+        for &place in self.free.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            self.look_at_poison(place);
+        }
     }
 
     /// Bytes of bookkeeping.
@@ -165,22 +172,31 @@ impl FramePool {
 
     fn take(&self) -> Result<u32, NoFrame> {
         let place = self.free.lock().unwrap_or_else(PoisonError::into_inner).pop_front().ok_or(NoFrame)?;
-        let generation = &self.generations[place as usize];
+        self.look_at_poison(place);
+        self.generations[place as usize].fetch_add(1, Ordering::Release);
+        Ok(place)
+    }
+
+    /// Counts the free `place` if it was written to. Once: it is poison again.
+    fn look_at_poison(&self, place: u32) {
         let is_scribbled =
             || self.words(place).iter().any(|word| word.load(Ordering::Relaxed) != Self::POISON);
-        // Its first owner finds it as the system made it.
-        if generation.load(Ordering::Relaxed) != 0 && is_scribbled() {
+        // One that nobody has had is as the system made it.
+        if self.generations[place as usize].load(Ordering::Relaxed) != 0 && is_scribbled() {
             self.scribbled.fetch_add(1, Ordering::Relaxed);
+            self.poison(place);
         }
-        generation.fetch_add(1, Ordering::Release);
-        Ok(place)
+    }
+
+    fn poison(&self, place: u32) {
+        for word in self.words(place) {
+            word.store(Self::POISON, Ordering::Relaxed);
+        }
     }
 
     fn give_back(&self, place: u32) {
         self.generations[place as usize].fetch_add(1, Ordering::Release);
-        for word in self.words(place) {
-            word.store(Self::POISON, Ordering::Relaxed);
-        }
+        self.poison(place);
         self.free.lock().unwrap_or_else(PoisonError::into_inner).push_back(place);
     }
 
@@ -239,8 +255,25 @@ mod tests {
         word(&pool, Pfn::new(511)).store(1, Ordering::Relaxed);
         pool.fill(page, Content::Zeros, &zeros).expect("it is free");
         assert_eq!(pool.scribbled(), 1);
+        pool.sweep();
+        assert_eq!(pool.scribbled(), 1, "what is a page's may be written to");
         let aligned = pool.frame(Pfn::new(0)).expect("frame 0").as_ptr().addr();
         assert!(aligned.is_multiple_of(2 << 20));
         assert_eq!(pool.frame(Pfn::new(512)), None);
+    }
+
+    #[test]
+    fn a_freed_frame_that_nobody_gets_again_is_looked_at_too() {
+        let pool = FramePool::new(1, 8, PageSize::Size4K).expect("memory");
+        let page = PfnRange::new(Pfn::new(0), Pfn::new(1));
+        pool.fill(page, Content::Zeros, &[0; 4096]).expect("eight are free");
+        let pfn = pool.pfn_of(page.start);
+        pool.free(page);
+        pool.sweep();
+        assert_eq!(pool.scribbled(), 0, "one is poison, and the others were nobody's");
+        word(&pool, pfn).store(1, Ordering::Relaxed);
+        pool.sweep();
+        pool.sweep();
+        assert_eq!(pool.scribbled(), 1, "it is counted once");
     }
 }

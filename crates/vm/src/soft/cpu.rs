@@ -20,8 +20,8 @@ use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use core::time::Duration;
 
 use afterimage_mmu::{
-    Access, FRAME_BYTES, Fault, FaultError, FaultOutcome, Found, Gfn, PageSize, Pfn, PrimaryMmu, Requests,
-    RetryPoint, SpaceId, Vcpu,
+    Access, FRAME_BYTES, Fault, FaultError, FaultOutcome, Found, Gfn, Level, PageSize, Pfn, PrimaryMmu,
+    Requests, RetryPoint, SpaceId, Vcpu,
 };
 use afterimage_stage2::{Host, Stage2};
 
@@ -136,7 +136,7 @@ where
         self.unchecked += 1;
         if self.unchecked >= CHECK_EVERY {
             self.look();
-            self.speculate(gfn + 1);
+            self.speculate(gfn + 1)?;
         }
         loop {
             match self.tlb.find(gfn) {
@@ -184,19 +184,22 @@ where
                 Ok(())
             }
             Walk::Fault(found) => self.fault(gfn, access, found),
-            Walk::FreedTable { level, table } => {
-                self.mislead(RecordKind::FreedTable, gfn, level.number().into(), table.as_u64());
-                self.tlb.flush();
-                self.astray += 1;
-                if self.astray > 1 {
-                    // Not what it remembers is wrong, but what the tables say.
-                    let what =
-                        format!("its tables lead to the freed table {table} of level {}", level.number());
-                    return Err(VcpuEnd::Died { what, gfn });
-                }
-                Ok(())
-            }
+            Walk::FreedTable { level, table } => self.stray(gfn, level, table),
         }
+    }
+
+    /// Notes that the walk for `gfn` came to a freed table, and forgets how.
+    #[cold]
+    fn stray(&mut self, gfn: Gfn, level: Level, table: Pfn) -> Result<(), VcpuEnd> {
+        self.mislead(RecordKind::FreedTable, gfn, level.number().into(), table.as_u64());
+        self.tlb.flush();
+        self.astray += 1;
+        if self.astray > 1 {
+            // Not what it remembers is wrong, but what the tables say.
+            let what = format!("its tables lead to the freed table {table} of level {}", level.number());
+            return Err(VcpuEnd::Died { what, gfn });
+        }
+        Ok(())
     }
 
     /// The translation of the page of `size` around `gfn`, with the generation that its frame has now.
@@ -214,10 +217,15 @@ where
     }
 
     /// Walks for an address that nobody has asked for, whether it is cached or not: hardware may, at any time.
-    fn speculate(&mut self, gfn: Gfn) {
-        let walked = walk::<F>(&self.machine.tables, self.root, &mut self.tlb, gfn, Why::Speculation);
-        if let Walk::Page { first, size, writable, executable } = walked {
-            self.remember(gfn, size, Translation { pfn: first, writable, executable, generation: 0 });
+    fn speculate(&mut self, gfn: Gfn) -> Result<(), VcpuEnd> {
+        match walk::<F>(&self.machine.tables, self.root, &mut self.tlb, gfn, Why::Speculation) {
+            Walk::Page { first, size, writable, executable } => {
+                self.remember(gfn, size, Translation { pfn: first, writable, executable, generation: 0 });
+                self.astray = 0;
+                Ok(())
+            }
+            Walk::Fault(_) => Ok(()),
+            Walk::FreedTable { level, table } => self.stray(gfn, level, table),
         }
     }
 

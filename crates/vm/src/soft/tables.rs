@@ -3,7 +3,7 @@
 //! Physical memory as the walker sees it has guest frames from frame 0 on and table pages from [`TablePool::FIRST`] on. A
 //! table page that is freed is overwritten with [`TablePool::POISON`], an entry in no format, and is given away again only
 //! when no page is left that never was. So a vCPU that walks a freed table, for want of a flush or of patience in who freed
-//! it, meets poison; and one who writes into it leaves a mark that the next owner finds ([`TablePool::scribbled`]).
+//! it, meets poison; and one who writes into it leaves a mark that the next owner finds, or who sweeps ([`TablePool::scribbled`]).
 
 // UNSAFETY: tables lie in a raw mapping.
 #![expect(unsafe_code)]
@@ -96,9 +96,19 @@ impl TablePool {
         self.state().used
     }
 
-    /// Tables that were found written to when they were given away, after they had been freed.
+    /// Tables that were found written to after they had been freed: when they were given away, or by [`sweep`](Self::sweep).
     pub fn scribbled(&self) -> u64 {
         self.state().scribbled
+    }
+
+    /// Looks at the poison of every table that is free.
+    pub fn sweep(&self) {
+        let mut state = self.state();
+        let mut scribbled = 0;
+        for (order, tables) in state.freed.iter().enumerate() {
+            scribbled += tables.iter().filter(|&&table| self.fill(table, 1 << order, Self::POISON)).count();
+        }
+        state.scribbled += scribbled as u64;
     }
 
     /// Entry `index` of the table at `table`, as a walker reads physical memory; `None` where there are no tables.
@@ -121,6 +131,12 @@ impl TablePool {
         (0..pages * ENTRIES)
             .map(move |index| self.entry(table, index).expect("the page is one of the pool's"))
     }
+
+    /// Puts `word` into every entry of a free table; whether one was written to.
+    fn fill(&self, page: u64, pages: usize, word: u64) -> bool {
+        self.words(page, pages)
+            .fold(false, |scribbled, entry| scribbled | (entry.swap(word, Ordering::Relaxed) != Self::POISON))
+    }
 }
 
 impl State {
@@ -141,11 +157,7 @@ unsafe impl TableMemory for TablePool {
             Some(fresh) => fresh,
             None => {
                 let freed = state.freed.get_mut(pages.ilog2() as usize)?.pop_front()?;
-                let mut scribbled = false;
-                for word in self.words(freed, pages) {
-                    scribbled |= word.swap(0, Ordering::Relaxed) != Self::POISON;
-                }
-                state.scribbled += u64::from(scribbled);
+                state.scribbled += u64::from(self.fill(freed, pages, 0));
                 freed
             }
         };
@@ -208,6 +220,23 @@ mod tests {
         unsafe { pool.free(tables[0], 1) };
         entry.store(1, Ordering::Relaxed);
         assert_eq!((pool.allocate(1), pool.scribbled()), (Some(tables[0]), 1));
+    }
+
+    #[test]
+    fn a_freed_table_that_nobody_gets_again_is_looked_at_too() {
+        let pool = TablePool::new(512).expect("memory");
+        for pages in [1, 4] {
+            let table = pool.allocate(pages).expect("room");
+            let before = pool.scribbled();
+            // SAFETY: (1) it was allocated so; (2) nobody uses it but to break the rule.
+            unsafe { pool.free(table, pages) };
+            pool.sweep();
+            assert_eq!(pool.scribbled(), before, "all are poison");
+            pool.entry(table, pages * ENTRIES - 1).expect("an entry").store(1, Ordering::Relaxed);
+            pool.sweep();
+            pool.sweep();
+            assert_eq!(pool.scribbled(), before + 1, "it is counted once");
+        }
     }
 
     #[test]

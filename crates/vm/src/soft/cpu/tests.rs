@@ -121,3 +121,23 @@ fn a_small_page_that_forbids_does_not_hide_the_large_one_in_its_place() {
     check::<Npt>();
     check::<Ept>();
 }
+
+/// Hardware walks for what nobody has asked for, and must find no freed table there either.
+#[test]
+fn a_speculative_walk_notices_a_freed_table() {
+    let machine = machine::<Npt>();
+    let system = SystemMemory::new(Plan::new(1, FRAMES, 0, 0)).expect("memory");
+    let exits = AtomicU64::new(0);
+    let mut cpu = Cpu::new(&machine, system.block(0), &exits);
+    cpu.store(GFN, 0, 1).expect("the page is faulted in");
+    assert!(cpu.speculate(GFN).is_ok() && cpu.take_misled().is_none());
+
+    // No table is there.
+    let (nowhere, level) = (Pfn::new(3), Level::new(1).expect("a level"));
+    cpu.tlb.put_table(GFN, level, nowhere);
+    assert!(cpu.speculate(GFN).is_ok());
+    let misled = cpu.take_misled().expect("it came to no table");
+    assert_eq!((misled.kind, misled.gfn, misled.found), (RecordKind::FreedTable, GFN, nowhere.as_u64()));
+    assert!(cpu.speculate(GFN).is_ok() && cpu.take_misled().is_none(), "it has forgotten how it got there");
+    cpu.leave();
+}
