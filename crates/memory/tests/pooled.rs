@@ -230,3 +230,15 @@ fn a_pool_of_more_pages_than_can_be_counted_is_refused() {
         );
     }
 }
+
+#[test]
+fn more_memory_than_a_store_can_have_is_refused_before_anything_is_allocated() {
+    for bytes in [1 << 60, !(FRAME_BYTES - 1)] {
+        for refused in [
+            MemoryObject::shared(ObjectOptions::new(bytes)),
+            MemoryObject::pooled(ObjectOptions::new(bytes), 0),
+        ] {
+            assert!(matches!(refused, Err(MemoryError::StoreTooLarge { .. })), "{bytes}: {refused:?}");
+        }
+    }
+}

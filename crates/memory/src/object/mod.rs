@@ -431,6 +431,8 @@ impl ObjectOptions {
             let bytes = if fits(self.bytes) { self.resident_bytes.unwrap_or(0) } else { self.bytes };
             return Err(MemoryError::Unaligned { bytes, page });
         }
+        // Before anything is allocated for them.
+        Store::check(self.bytes / FRAME_BYTES)?;
         if let Some(source) = &self.source
             && source.len_bytes() != self.bytes
         {

@@ -156,9 +156,7 @@ impl Store {
     /// # Errors
     /// As for [`new`](Self::new).
     pub fn with_limit(frames: u64, limit: u64) -> Result<Self, MemoryError> {
-        if frames > MAX_FRAMES {
-            return Err(MemoryError::StoreTooLarge { frames, max: MAX_FRAMES });
-        }
+        Self::check(frames)?;
         // Every frame in the largest class, and for each class a chunk begun and one not given back yet.
         let slots = (CHUNK_BYTES / (FRAME_LEN + HEADER_BYTES)) as u64;
         let chunks = frames.div_ceil(slots) as u32 + 2 * (SHARDS * CLASSES) as u32;
@@ -174,6 +172,14 @@ impl Store {
             shards: Box::new(core::array::from_fn(shard)),
             arena: Arena::reserve(chunks, limit)?,
         })
+    }
+
+    /// Whether there can be a store for so many frames.
+    pub(crate) fn check(frames: u64) -> Result<(), MemoryError> {
+        if frames <= MAX_FRAMES {
+            return Ok(());
+        }
+        Err(MemoryError::StoreTooLarge { frames, max: MAX_FRAMES })
     }
 
     /// Frames that the store has room for.
