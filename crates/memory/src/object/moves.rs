@@ -203,11 +203,9 @@ impl MemoryObject {
     }
 
     fn forget_loss(&self, page: PfnRange) {
-        let mut lost = self.lost.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(MemoryError::CorruptStore { .. }) = lost.remove(&page.start.as_u64()).as_deref() {
-            // It was kept for whoever wants to look into it.
-            let _ = self.store.remove(page.start, page.len());
-        }
+        self.lost.lock().unwrap_or_else(PoisonError::into_inner).remove(&page.start.as_u64());
+        // What is corrupt was kept for whoever wants to look into it; what could not be written is still whole.
+        self.store.remove(page.start, page.len()).expect("the page lies in the store");
     }
 
     /// Moves the resident pages of `frames` to other frames of the pool, as compaction does. A page for which there is no free

@@ -1,14 +1,19 @@
-//! Memory that somebody else has locked, sealed, unmapped, mapped over or cut off.
+//! Memory that somebody else has locked, sealed, unmapped, mapped over, cut off or made read-only.
 
-#![expect(unsafe_code, reason = "memory is locked, sealed, unmapped and mapped over by address")]
+#![expect(
+    unsafe_code,
+    reason = "memory is locked, sealed, unmapped and mapped over by address, and a descriptor by number"
+)]
 
 use core::ffi::c_void;
 use std::io;
+use std::os::fd::AsRawFd as _;
 
-use afterimage_memory::State;
+use afterimage_memory::{MemoryError, State};
 use afterimage_mmu::{Age, HvaRange, PageSize, RetryPoint};
 use afterimage_testing::{HugePages, skip};
 use afterimage_uffd::Backing;
+use rustix::fs::{Mode, OFlags};
 use rustix::mm::{MlockFlags, MprotectFlags};
 
 use crate::support::{BACKINGS, Machine, Setup, Stamps, stamp, wait_until};
@@ -191,4 +196,25 @@ fn who_waits_for_a_page_that_is_cut_off_its_file_is_woken() {
         assert_eq!(machine.read(0), 1000, "{page_size:?}");
         assert_eq!(machine.stop().len(), 1, "{page_size:?}");
     }
+}
+
+/// Why it was lost says no stored bytes; those that there are go with the discard.
+#[test]
+fn a_stored_page_that_could_not_be_written_leaves_the_store_when_it_is_discarded() {
+    let Some(machine) = Setup::new("read-only file", Backing::Shared, 2).start() else { return };
+    machine.write(1, 1001);
+    machine.evict(machine.all());
+    let file = machine.object.file().expect("a file");
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let read_only =
+        rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).expect("the same file");
+    // SAFETY: the number stays an open descriptor of the same file.
+    assert!(unsafe { libc::dup2(read_only.as_raw_fd(), file.as_raw_fd()) } >= 0);
+    machine.assert_poisoned(1);
+    let cause = machine.object.poison_cause(machine.pages(1, 2).start).expect("a cause");
+    assert!(matches!(*cause, MemoryError::Write { .. }), "{cause}");
+    assert_eq!(machine.store_frames(), 1);
+    assert_eq!(machine.discard(machine.pages(1, 2)), 1);
+    assert_eq!(machine.store_frames(), 0);
+    assert_eq!(machine.stop().len(), 1);
 }
