@@ -209,7 +209,7 @@ pub enum MemoryError {
         errno: Errno,
     },
     /// A resident page could not be read.
-    #[error("frame {frame} could not be read from the memory file: {errno}")]
+    #[error("frame {frame} could not be read from the guest's memory: {errno}")]
     Read {
         /// The first frame of the page.
         frame: Pfn,

@@ -233,7 +233,8 @@ impl MemoryObject {
         Ok(moved)
     }
 
-    /// Shows `visit` every page of `frames` as it is at one time: the guest can read meanwhile, and its writes wait.
+    /// Shows `visit` every page of `frames` as it is at one time: the guest reads mapped pages meanwhile; its
+    /// writes wait, and so do its touches of pages that are not mapped.
     ///
     /// `visit` gets the page's first frame and its bytes, `None` for zeros. Pages stay where they are. Discards of them
     /// wait meanwhile, so `visit` must not wait for one.
