@@ -3,6 +3,7 @@
 use afterimage_mmu::{FRAME_BYTES, Gfn, GfnRange};
 
 use crate::cell::Load;
+use crate::guest::MAX_THREADS;
 use crate::policy::Scenario;
 
 /// Frames that the vCPUs of [`Scenario::A`] hammer: as many as in the traced zap of its report.
@@ -93,6 +94,15 @@ impl Scenario {
         }
     }
 
+    /// The most threads that invalidate. One that maps what it takes must not do so while another takes it: it would be a
+    /// vCPU of the storm, and no cell would be without.
+    pub fn most_threads(self) -> usize {
+        match self {
+            Self::A | Self::B => 1,
+            Self::C | Self::D | Self::E | Self::EInside => MAX_THREADS,
+        }
+    }
+
     /// What blows, in a sentence.
     pub fn sentence(self) -> &'static str {
         match self {
@@ -176,6 +186,16 @@ mod tests {
                     assert!(slot.covers(take.from) && take.frames <= take.from.len(), "{scenario} {take:?}");
                 }
             }
+        }
+    }
+
+    /// It faults as a vCPU does: beside another's invalidation it would be told to retry, and have that flush and yield.
+    #[test]
+    fn who_maps_what_it_takes_is_alone() {
+        for &scenario in Scenario::ALL {
+            let plan = Plan::new(scenario, Load::Uncontended, 1, scenario.most_threads(), 1 << 20);
+            let maps = plan.takes.iter().any(|take| take.populates);
+            assert!(!maps || plan.takes.len() == 1, "{scenario}");
         }
     }
 

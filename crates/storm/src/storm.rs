@@ -11,7 +11,7 @@ use rustix::thread::{CpuSet, sched_setaffinity};
 
 use crate::cell::{Latencies, Latency, Load, LockWait, Measured, Retries, Times};
 use crate::course::{Course, Ended, Limits};
-use crate::guest::{Guest, MAX_THREADS, Seen, Shared, StormHost};
+use crate::guest::{Guest, Seen, Shared, StormHost};
 use crate::invalidator::{Invalidator, Taken};
 use crate::platform::{Threads, set_crowded, tick};
 use crate::policy::{Policies, Scenario, Witness};
@@ -80,8 +80,13 @@ pub enum StormError {
     #[error("a storm takes 1 to {MAX_VCPUS} vCPUs on real threads, not {0}")]
     Vcpus(usize),
     /// Too few or too many threads.
-    #[error("a storm takes 1 to {MAX_THREADS} threads that invalidate, not {0}")]
-    Threads(usize),
+    #[error("a storm {scenario} takes {}, not {threads}", threads_of(*.scenario))]
+    Threads {
+        /// What was to blow.
+        scenario: Scenario,
+        /// What was asked for.
+        threads: usize,
+    },
     /// Too little or too much memory, in virtual time.
     #[error("a simulated storm {scenario} takes {} KiB to 64 TiB of memory, not {bytes} bytes", .least >> 10)]
     SimulatedMemory {
@@ -110,6 +115,14 @@ pub enum StormError {
     Spawn(Errno),
 }
 
+/// How many threads may invalidate.
+fn threads_of(scenario: Scenario) -> String {
+    match scenario.most_threads() {
+        1 => "1 thread that invalidates".to_owned(),
+        most => format!("1 to {most} threads that invalidate"),
+    }
+}
+
 impl Storm {
     /// Whether it can blow on real threads.
     ///
@@ -127,8 +140,8 @@ impl Storm {
         if !(1..=MAX_VCPUS).contains(&vcpus) {
             return Err(StormError::Vcpus(vcpus));
         }
-        if !(1..=MAX_THREADS).contains(&threads) {
-            return Err(StormError::Threads(threads));
+        if !(1..=scenario.most_threads()).contains(&threads) {
+            return Err(StormError::Threads { scenario, threads });
         }
         Ok(())
     }
@@ -260,7 +273,8 @@ impl Storm {
             retries_per_fault: per(retries.all(), total.faults),
             most_retries: Some(total.most_retries),
             most_ends: Some(total.most_ends),
-            wasted_fault_ins: Some(faults.wasted_fault_ins),
+            // Those of the vCPUs: who maps what it takes away has looked pages up, too.
+            wasted_fault_ins: Some(retries.after_fault_in + retries.under_lock + retries.lost_race),
             invalidation_ns: Times::of(&recording.invalidations),
             invalidation_cpu_ns: cpu_ns,
             lock_wait_ns: Some(LockWait { faults: faults.lock_wait_ns, invalidations: stats.lock_wait_ns }),

@@ -57,7 +57,7 @@ pub(crate) struct StormArgs {
     /// Threads that touch memory [default: 1 or 2, by scenario]
     #[arg(long)]
     vcpus: Option<usize>,
-    /// Threads that take it away [default: 1 or 2, by scenario]
+    /// Threads that take it away; in A and B one [default: 1 or 2, by scenario]
     #[arg(long)]
     threads: Option<usize>,
     /// Guest memory [default: 64M to 1G, by scenario]

@@ -226,7 +226,7 @@ mod tests {
 
     fn storm(scenario: Scenario, policies: Policies) -> Storm {
         let duration = Duration::from_millis(2);
-        let (load, vcpus, threads, memory) = (Load::Storm, 5, 2, 4 << 20);
+        let (load, vcpus, threads, memory) = (Load::Storm, 5, scenario.most_threads().min(2), 4 << 20);
         Storm { scenario, load, policies, vcpus, threads, memory, seed: 7, duration }
     }
 
@@ -300,7 +300,7 @@ mod tests {
     #[test]
     fn looking_nowhere_and_yielding_to_whoever_waits_is_the_storm() {
         let flushes = |policies| {
-            let run = simulate(&Storm { threads: 1, ..storm(Scenario::A, policies) });
+            let run = simulate(&storm(Scenario::A, policies));
             run.measured.flushes_per_invalidation.expect("there were invalidations")
         };
         assert!(flushes(Policies::BEFORE) > 100.0);
