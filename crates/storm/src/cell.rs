@@ -249,7 +249,7 @@ measured! {
 measured! {
     /// Latencies of faults.
     Latencies {
-        /// The page lay in an invalidation at some moment of the fault.
+        /// The page lay in an invalidation that had begun when the fault missed or was served, or that had it retried.
         #[serde(skip_serializing_if = "Option::is_none")]
         inside: Option<Latency>,
         /// It lay in none.

@@ -127,6 +127,8 @@ struct Pending {
     gfn: Gfn,
     started_ns: u64,
     since: [Since; MAX_THREADS],
+    /// Whether an invalidation of its frame had begun when it missed.
+    is_covered: bool,
     /// When it was first told to retry.
     held_since: [Since; MAX_THREADS],
     retries: u64,
@@ -222,10 +224,12 @@ impl<'m, 'r> Guest<'m, 'r> {
             if !self.access(gfn) {
                 if self.pending.is_none() {
                     let since = self.since();
+                    let is_covered = self.meets(&since, gfn) && self.is_covered(gfn);
                     self.pending = Some(Pending {
                         gfn,
                         started_ns: Threads::now_ns(),
                         since,
+                        is_covered,
                         held_since: since,
                         retries: 0,
                     });
@@ -250,6 +254,16 @@ impl<'m, 'r> Guest<'m, 'r> {
         core::array::from_fn(|thread| {
             self.shared.windows.get(thread).map_or(Since::default(), Windows::since)
         })
+    }
+
+    /// Whether somebody has been about to take `gfn` away at any moment since.
+    fn meets(&self, since: &[Since; MAX_THREADS], gfn: Gfn) -> bool {
+        self.shared.windows.iter().zip(since).any(|(windows, since)| windows.met(*since, gfn).inside)
+    }
+
+    /// Whether the engine holds faults on `gfn` back, of which it may know a hull only.
+    fn is_covered(&self, gfn: Gfn) -> bool {
+        self.shared.mmu.invalidations().covers(GfnRange::frame(gfn))
     }
 
     #[inline]
@@ -328,16 +342,17 @@ impl<'m, 'r> Guest<'m, 'r> {
 
     /// The access that had faulted is done, or is given up.
     fn ended(&mut self, pending: Pending) {
-        let Pending { gfn, started_ns, since, held_since, retries } = pending;
+        let Pending { gfn, started_ns, since, is_covered, held_since, retries } = pending;
         let now = Threads::now_ns();
+        // An invalidation may wait for the starved before it begins: until then it is in nobody's way.
+        let inside = self.meets(&since, gfn) && (retries > 0 || is_covered || self.is_covered(gfn));
+        let ends = match retries {
+            0 => 0,
+            _ => {
+                self.shared.windows.iter().zip(held_since).map(|(all, since)| all.met(since, gfn).ends).sum()
+            }
+        };
         let seen = &mut self.seen;
-        let (mut inside, mut ends) = (false, 0);
-        for (windows, (since, held_since)) in
-            self.shared.windows.iter().zip(since.into_iter().zip(held_since))
-        {
-            inside |= windows.met(since, gfn).inside;
-            ends += if retries > 0 { windows.met(held_since, gfn).ends } else { 0 };
-        }
         seen.faults += 1;
         seen.most_retries = seen.most_retries.max(retries);
         seen.most_ends = seen.most_ends.max(ends);
@@ -429,5 +444,42 @@ mod tests {
         assert_eq!((seen.faults, seen.unfinished, seen.accesses), (1, 1, 0));
         assert!(seen.most_retries >= 2, "{seen:?}");
         assert_eq!((seen.recording.inside.len(), seen.recording.outside.len()), (1, 0));
+    }
+
+    #[test]
+    fn a_fault_is_inside_what_has_begun() {
+        let (ram, _) = Ram::new(FRAMES, 0).unwrap();
+        let mmu = machine();
+        let windows = [Windows::new(GfnRange::new(Gfn::new(0), Gfn::new(FRAMES)))];
+        let shared = shared(&mmu, &ram, &windows);
+        let mut guest = Guest::new(&shared, 0, ALL, 1);
+        // Accesses to one frame, until one faults.
+        let touch = |guest: &mut Guest<'_, '_>, gfn| {
+            guest.touch = Touch::Any(GfnRange::frame(gfn));
+            while let Err(requests) = guest.vcpu.enter_guest() {
+                guest.serve(requests);
+            }
+            let faulted = guest.touch(&AtomicBool::new(false));
+            let requests = guest.vcpu.leave_guest();
+            guest.serve(requests);
+            faulted
+        };
+        let serve = |guest: &mut Guest<'_, '_>, gfn| {
+            guest.fault(gfn);
+            assert_eq!(touch(guest, gfn), None);
+            let Recording { inside, outside, .. } = &guest.seen.recording;
+            (inside.len(), outside.len())
+        };
+        let begin = || mmu.invalidate(Ram::hvas(0, FRAMES), Zap::Unmap, Blocking::Allowed);
+        let [one, other] = [0, 1].map(Gfn::new);
+        // Who is about to take it away waits for its turn.
+        windows[0].open(GfnRange::new(Gfn::new(0), Gfn::new(FRAMES)));
+        assert_eq!(touch(&mut guest, one), Some(one));
+        assert_eq!(serve(&mut guest, one), (0, 1));
+        // It has begun.
+        let open = begin();
+        assert_eq!(touch(&mut guest, other), Some(other));
+        drop(open);
+        assert_eq!(serve(&mut guest, other), (1, 1));
     }
 }

@@ -36,7 +36,7 @@ pub enum What {
     Fault {
         /// How often it was retried.
         retries: u64,
-        /// Whether its page lay in an invalidation meanwhile.
+        /// Whether its page lay in an invalidation, see [`Latencies::inside`](crate::Latencies::inside).
         inside: bool,
     },
 }
