@@ -1,14 +1,45 @@
 //! The invalidation words in virtual time: count, hull, sequences; and, exactly, what is being invalidated.
+//!
+//! Sequences by region are as in the engine: narrow invalidations change the words of small regions, wide ones those of wide
+//! regions, and a fault looks at one of each.
 
 use crate::policy::{Coverage, Sequence};
 
-/// Frames of a region that has a sequence of its own, as in the engine.
-const REGION: u64 = 512;
-/// Words for regions.
-const REGIONS: u64 = 128;
+/// Regions of 2 MiB.
+const SMALL: Regions = Regions { frames: 512, words: 128 };
+/// Regions of 64 MiB.
+const WIDE: Regions = Regions { frames: 1 << 14, words: 64 };
+/// Small regions that an invalidation touches at most; else it changes the words of wide ones.
+const MANY: u64 = SMALL.words / 2;
 
 /// Frames, half open.
 pub(super) type Frames = (u64, u64);
+
+/// Regions of one size, and how many words there are for them.
+#[derive(Clone, Copy, Debug)]
+struct Regions {
+    frames: u64,
+    words: u64,
+}
+
+impl Regions {
+    fn word_of(self, gfn: u64) -> usize {
+        (gfn / self.frames % self.words) as usize
+    }
+
+    /// The first region that `frames` touch, and how many.
+    fn touched_by(self, frames: Frames) -> (u64, u64) {
+        let (first, last) = (frames.0 / self.frames, (frames.1 - 1) / self.frames);
+        (first, last - first + 1)
+    }
+
+    fn change(self, words: &mut [u64], frames: Frames) {
+        let (first, count) = self.touched_by(frames);
+        for region in first..first + count.min(self.words) {
+            words[(region % self.words) as usize] += 1;
+        }
+    }
+}
 
 #[derive(Debug)]
 pub(super) struct Words {
@@ -17,7 +48,8 @@ pub(super) struct Words {
     active: Vec<Frames>,
     hull: Frames,
     ended: u64,
-    regions: Vec<u64>,
+    small: Vec<u64>,
+    wide: Vec<u64>,
 }
 
 impl Words {
@@ -28,7 +60,8 @@ impl Words {
             active: Vec::new(),
             hull: (0, 0),
             ended: 0,
-            regions: vec![0; REGIONS as usize],
+            small: vec![0; SMALL.words as usize],
+            wide: vec![0; WIDE.words as usize],
         }
     }
 
@@ -45,9 +78,9 @@ impl Words {
             self.active.swap_remove(index);
         }
         self.ended += 1;
-        let (first, last) = (frames.0 / REGION, (frames.1 - 1) / REGION);
-        for region in first..=last.min(first + REGIONS - 1) {
-            self.regions[(region % REGIONS) as usize] += 1;
+        match SMALL.touched_by(frames) {
+            (_, count) if count > MANY => WIDE.change(&mut self.wide, frames),
+            _ => SMALL.change(&mut self.small, frames),
         }
     }
 
@@ -55,7 +88,7 @@ impl Words {
     pub(super) fn snapshot(&self, gfn: u64) -> u64 {
         match self.scope {
             Sequence::Global => self.ended,
-            Sequence::Region => self.regions[(gfn / REGION % REGIONS) as usize],
+            Sequence::Region => self.small[SMALL.word_of(gfn)] + self.wide[WIDE.word_of(gfn)],
         }
     }
 
@@ -92,6 +125,10 @@ mod tests {
         words.begin((0, 1 << 40));
         words.end((0, 1 << 40));
         assert_eq!(words.snapshot(2500), 1, "a wide one moves them all, once");
+        let inside = words.snapshot(1 << 18);
+        words.end((1 << 18, 2 << 18));
+        assert_eq!(words.snapshot(2500), 1, "who is beside a wide one sees nothing of it");
+        assert_eq!(words.snapshot(1 << 18), inside + 1);
         let mut words = Words::new(Sequence::Global, Coverage::Exact);
         words.begin((0, 1));
         words.begin((5000, 5001));
