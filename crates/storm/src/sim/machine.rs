@@ -107,6 +107,10 @@ pub(super) struct Machine {
     policies: Policies,
     now: u64,
     duration: u64,
+    /// Whether it ends early: nothing begins any more.
+    is_cut: bool,
+    /// Invalidations from their begin to their end.
+    under_way: u64,
     events: BinaryHeap<Reverse<(u64, u64, Event)>>,
     scheduled: u64,
     choices: Choices,
@@ -195,6 +199,8 @@ impl Machine {
             policies,
             now: 0,
             duration,
+            is_cut: false,
+            under_way: 0,
             events: BinaryHeap::new(),
             scheduled: 0,
             choices: Choices::new(seed, 99),
@@ -231,24 +237,21 @@ impl Machine {
         machine
     }
 
-    /// Runs until all that began within the duration has ended. After half of `limit` events nothing begins any more, and
-    /// after all of them, or when `interrupted`, it stops.
+    /// Runs until all that began within the duration has ended; vCPUs fault until the last invalidation has. After half of
+    /// `limit` events nothing begins any more, and after all of them, or when `interrupted`, it stops.
     pub(super) fn run(mut self, limit: u64, interrupted: &AtomicBool) -> Simulated {
         let mut events = 0;
         while let Some(Reverse((time, _, event))) = self.events.pop() {
             if events == limit || interrupted.load(Ordering::Relaxed) {
                 break;
             }
-            if events == limit / 2 {
-                self.duration = self.duration.min(time);
-            }
+            self.is_cut |= events == limit / 2;
             events += 1;
             self.now = time;
             self.happen(event);
         }
         let unfinished_faults = self.begun_faults - self.faults;
-        let is_under_way = |who: &&SimInvalidator| who.left > 0 || who.is_ending;
-        let unfinished = unfinished_faults + self.invalidators.iter().filter(is_under_way).count() as u64;
+        let unfinished = unfinished_faults + self.under_way;
         let per = |part: u64, whole: u64| (whole > 0).then(|| part as f64 / whole as f64);
         let measured = Measured {
             elapsed_ns: self.now.max(1),
@@ -278,7 +281,7 @@ impl Machine {
             },
             wrong_pages: 0,
         };
-        Simulated { measured, recording: self.recording, unfinished, is_cut: events > limit / 2 }
+        Simulated { measured, recording: self.recording, unfinished, is_cut: self.is_cut }
     }
 
     fn after(&mut self, delay: f64, event: Event) {

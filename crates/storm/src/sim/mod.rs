@@ -275,6 +275,26 @@ mod tests {
         }
     }
 
+    /// As on real threads: the storm is over with its last invalidation, and none begins late.
+    #[test]
+    fn vcpus_fault_until_the_last_invalidation_has_ended() {
+        let (load, duration) = (Load::Bystanders, Duration::from_nanos(1));
+        let storm = Storm { load, duration, ..storm(Scenario::A, Policies::OURS) };
+        let Simulated { measured, unfinished, .. } = simulate(&storm);
+        assert_eq!((measured.invalidations, unfinished), (1, 0));
+        let each = measured.faults / storm.vcpus as u64;
+        assert!(each > 10, "{each} faults of a vCPU beside a wide invalidation");
+    }
+
+    #[test]
+    fn time_that_is_up_while_memory_is_mapped_is_up() {
+        let alone = Storm { load: Load::Uncontended, ..storm(Scenario::A, Policies::LINUX) };
+        let blow = |ns| simulate(&Storm { duration: Duration::from_nanos(ns), ..alone }).measured;
+        let first = blow(1);
+        assert_eq!(first.invalidations, 1);
+        assert_eq!(blow(first.elapsed_ns + 1).invalidations, 1);
+    }
+
     #[test]
     fn a_seed_is_a_run() {
         let storm = storm(Scenario::C, Policies::LINUX);

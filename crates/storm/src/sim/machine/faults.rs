@@ -37,7 +37,8 @@ impl Machine {
                 None => return self.stay(vcpu, self.now),
             },
         };
-        if self.now >= self.duration {
+        let is_over = self.now >= self.duration && self.under_way == 0;
+        if is_over || self.is_cut {
             return;
         }
         if let (Touch::Any(_), Some(since)) = (self.vcpus[vcpu].touch, self.vcpus[vcpu].in_guest) {

@@ -8,7 +8,7 @@ use crate::sim::words::Frames;
 
 impl Machine {
     pub(super) fn prepare(&mut self, who: usize) {
-        if self.now >= self.duration && self.invalidators[who].at > 0 {
+        if self.is_late(who) {
             return;
         }
         let invalidator = &mut self.invalidators[who];
@@ -28,7 +28,16 @@ impl Machine {
         self.after(delay, Event::Ready(who));
     }
 
+    /// Whether `who` begins no more: it has had one invalidation at least.
+    fn is_late(&self, who: usize) -> bool {
+        (self.now >= self.duration || self.is_cut) && self.invalidators[who].at > 0
+    }
+
     pub(super) fn ready(&mut self, who: usize) {
+        // Time was up while its memory was being mapped.
+        if self.invalidators[who].at > 1 && self.is_late(who) {
+            return;
+        }
         let frames = self.invalidators[who].frames;
         if self.invalidators[who].take.populates {
             for index in self.touched_parts(frames) {
@@ -41,6 +50,7 @@ impl Machine {
         invalidator.started = self.now;
         invalidator.is_ending = false;
         invalidator.left = invalidator.take.frames;
+        self.under_way += 1;
         if self.lock.write(who, self.now) {
             self.granted(who, 0.0);
         } else {
@@ -193,6 +203,7 @@ impl Machine {
         self.words.end(frames);
         self.invalidators[who].is_ending = false;
         self.invalidations += 1;
+        self.under_way -= 1;
         Recording::sample(&mut self.recording.invalidations, self.now - started);
         let admitted = self.lock.unlock_write();
         self.admit(admitted);
