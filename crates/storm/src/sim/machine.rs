@@ -311,6 +311,27 @@ impl Machine {
             Event::Miss(..) | Event::Zapped(..) | Event::Yield(..) => {}
         }
     }
+}
 
-    // In the guest.
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sim::lock::Admitted;
+    use crate::sim::tests::COSTS;
+
+    #[test]
+    fn each_of_those_in_step_waits_for_the_lock() {
+        let size = (3, 1, 1024);
+        let mut machine = Machine::new(Scenario::A, Load::Storm, Policies::BEFORE, COSTS, size, 1, 1000);
+        for vcpu in &mut machine.vcpus {
+            let (gfn, cell, started, snapshot) = (1, 0, 0, 0);
+            vcpu.fault = Some(SimFault { gfn, cell, started, snapshot, retries: 0, inside: false });
+        }
+        machine.words.begin((0, 1024));
+        machine.join(0, 1);
+        machine.join(0, 2);
+        machine.now = 100;
+        machine.admit(Admitted { readers: vec![(0, 40)], writer: None });
+        assert_eq!((machine.lock_wait.faults, machine.doomed_cpu), (3 * 60, 180.0));
+    }
 }

@@ -114,7 +114,7 @@ impl Machine {
         }
         self.unlock_read();
         if self.policies.witness == Witness::Lock {
-            self.doomed_locks += 1 + self.vcpus[vcpu].in_step.len() as u64;
+            self.doomed_locks += self.in_step(vcpu);
         }
         self.retry(vcpu, Precheck::Off, self.costs.to_hint + self.costs.fault_in + self.costs.locked);
     }
@@ -128,8 +128,7 @@ impl Machine {
 
     /// Nothing was installed. `at` is where it was found, `turn` what it took.
     pub(super) fn retry(&mut self, vcpu: usize, at: Precheck, turn: f64) {
-        let many = 1 + self.vcpus[vcpu].in_step.len() as u64;
-        self.count_retries(vcpu, at, 1, many, turn);
+        self.count_retries(vcpu, at, 1, self.in_step(vcpu), turn);
         let gfn = self.fault(vcpu).gfn;
         let covered = self.words.is_covered(gfn);
         match (covered, self.policies.after_retry) {
@@ -181,8 +180,9 @@ impl Machine {
         let crowd = self.costs.handover + self.costs.crowd * readers.len().saturating_sub(1) as f64;
         let mut leader: Option<usize> = None;
         for (vcpu, since) in readers {
-            self.lock_wait.faults += self.now - since;
-            self.doomed_cpu += if self.is_stale(vcpu) { (self.now - since) as f64 } else { 0.0 };
+            let waited = (self.now - since) * self.in_step(vcpu);
+            self.lock_wait.faults += waited;
+            self.doomed_cpu += if self.is_stale(vcpu) { waited as f64 } else { 0.0 };
             match leader {
                 // Told to retry as well, and in step from here on: one of them is enough to watch.
                 Some(leader) if self.is_doomed(vcpu) => {
@@ -205,6 +205,11 @@ impl Machine {
 
     pub(super) fn is_doomed(&self, vcpu: usize) -> bool {
         self.vcpus[vcpu].fault.is_some_and(|fault| self.words.is_covered(fault.gfn))
+    }
+
+    /// How many vCPUs do what `vcpu` does, itself included.
+    fn in_step(&self, vcpu: usize) -> u64 {
+        1 + self.vcpus[vcpu].in_step.len() as u64
     }
 
     /// From here on `vcpu`, and who goes with it, does as `leader` does.
