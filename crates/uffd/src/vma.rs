@@ -222,16 +222,20 @@ impl<Page> UffdMmu<Page> {
         }
     }
 
-    /// Poisons the page at `range`, which no invalidation covers. A checkpoint that did has left marks of its protection
-    /// where no page is, in shared memory, which the kernel takes for pages: they go first, as they do from a page that is
-    /// there.
+    /// Poisons the page at `range`, which no invalidation covers.
     fn poison_fresh(&self, _fresh: &Fresh<'_>, range: HvaRange) -> Result<Mapped, UffdError> {
+        self.lift_protection(range);
+        self.poison_at(range)
+    }
+
+    /// Before a page at `range` is poisoned that nobody protects any more: in shared memory a checkpoint has left marks of
+    /// its protection where no page is, and the kernel takes them for pages.
+    pub(crate) fn lift_protection(&self, range: HvaRange) {
         if self.backing == Backing::Shared {
             // What stands in its way stands in the poison's, which tells of it.
             let _ =
                 self.on_part(range, Operation::WriteProtect, |uffd| uffd.write_unprotect(range, Wake::Later));
         }
-        self.poison_at(range)
     }
 
     /// Poisons the page at `range` because of `error`. Here, with the witness still held: later a discard could have made

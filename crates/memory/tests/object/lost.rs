@@ -180,6 +180,23 @@ fn a_page_that_was_protected_while_it_was_not_mapped_can_be_poisoned() {
 }
 
 #[test]
+fn a_page_that_was_protected_is_poisoned_when_the_address_space_is_gone() {
+    for backing in BACKINGS {
+        let Some(machine) = Setup::new("protected, released", backing, 2).start() else { return };
+        machine.read(0);
+        machine.wait_resident(0);
+        machine.object.protect(machine.all(), |_, _| ()).expect("a checkpoint");
+        machine.mmu.release();
+        for page in 0..2 {
+            machine.assert_poisoned(page);
+        }
+        let reports = machine.stop();
+        assert_eq!(reports.len(), 2, "{backing:?}: each is told once");
+        assert!(reports.iter().all(|report| matches!(report.error, FaultError::Released(_))), "{reports:?}");
+    }
+}
+
+#[test]
 fn a_huge_page_that_was_protected_while_it_was_not_mapped_can_be_poisoned() {
     const FRAMES: u64 = 512;
     let Some(_pool) = HugePages::claim("protected, lost", 2) else { return };

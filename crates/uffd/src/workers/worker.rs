@@ -189,7 +189,12 @@ where
         gfn: Gfn,
         error: FaultError<M::Error, UffdError>,
     ) -> Result<Tried, UffdError> {
-        match self.mmu.secondary().poison_at(self.page_of(raised)) {
+        let (secondary, page) = (self.mmu.secondary(), self.page_of(raised));
+        if self.mmu.is_released() {
+            // Nothing is mapped any more, and no checkpoint needs its protection.
+            secondary.lift_protection(page);
+        }
+        match secondary.poison_at(page) {
             Ok(Mapped::LostRace | Mapped::LargerLeaf) => Ok(Tried::Again(Await::Memory)),
             // Nobody is left to wait.
             Ok(Mapped::Fixed | Mapped::Spurious) | Err(UffdError::Lost { .. }) => {
