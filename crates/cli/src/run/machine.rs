@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::num::NonZeroU32;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use afterimage_memory::{
@@ -13,6 +14,7 @@ use afterimage_mmu::{
     PfnRange, SecondaryMmu, SlotError, SlotId, SpaceId,
 };
 use afterimage_vm::{Discards, Guest, GuestMemory, GuestSpec, WORD_OFFSETS, Window, Windows};
+use anyhow::ensure;
 
 use super::choices::InvalidateChoice;
 use super::hosts::HostPlan;
@@ -137,7 +139,7 @@ pub(super) struct Start<'p> {
 
 impl Machine {
     /// Sets everything up and starts the guest and who serves its faults.
-    pub(crate) fn start(plan: &mut RunPlan) -> anyhow::Result<Self> {
+    pub(crate) fn start(plan: &mut RunPlan, interrupted: &AtomicBool) -> anyhow::Result<Self> {
         match plan.source.take() {
             None => {
                 let pattern = Pattern::new(plan.seed);
@@ -145,7 +147,7 @@ impl Machine {
                 Self::restore(plan, Arc::new(PatternSource::new(pattern, frames)), Words::Pattern(pattern))
             }
             Some(file) => {
-                let words = Words::of(&file, plan.memory / FRAME_BYTES)?;
+                let words = Words::of(&file, plan.memory / FRAME_BYTES, interrupted)?;
                 Self::restore(plan, Arc::new(file), words)
             }
         }
@@ -205,10 +207,14 @@ pub(super) enum Words {
 }
 
 impl Words {
-    fn of(file: &FileSource, frames: u64) -> anyhow::Result<Self> {
+    fn of(file: &FileSource, frames: u64, interrupted: &AtomicBool) -> anyhow::Result<Self> {
         let mut page = vec![0; FRAME_BYTES as usize];
         let mut words = Vec::with_capacity(frames as usize);
         for frame in 0..frames {
+            ensure!(
+                !interrupted.load(Ordering::Relaxed),
+                "interrupted while --source was read, before the guest ran"
+            );
             words.push(match file.read(Pfn::new(frame), &mut page)? {
                 Content::Zeros => [0; 3],
                 Content::Bytes => WORD_OFFSETS.map(|offset| {
@@ -248,5 +254,24 @@ impl InvalidationObserver for PublishWindows {
 
     fn ended(&self, token: usize) {
         drop(self.open.lock().unwrap_or_else(PoisonError::into_inner)[token].take());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+
+    #[test]
+    fn reading_the_source_can_be_interrupted() {
+        let mut file = tempfile::NamedTempFile::new().expect("a file");
+        file.write_all(&[7; 3 * FRAME_BYTES as usize]).expect("its bytes");
+        let file = FileSource::open(file.path(), 3 * FRAME_BYTES, PageSize::Size4K).expect("three frames");
+        let read = |interrupted| Words::of(&file, 3, &AtomicBool::new(interrupted));
+        let Ok(Words::File(words)) = read(false) else { panic!("it can be read") };
+        assert_eq!(words, [[0x0707_0707_0707_0707; 3]; 3]);
+        let why = read(true).err().expect("it ends at once").to_string();
+        assert!(why.contains("interrupted"), "{why}");
     }
 }

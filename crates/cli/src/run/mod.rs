@@ -56,7 +56,7 @@ pub(crate) fn run(args: RunArgs) -> Result<ExitCode> {
     let source = plan.shown.source.as_deref().map(SourceFile::new).transpose()?;
     let interrupted = interrupted()?;
 
-    let machine = Machine::start(&mut plan)?;
+    let machine = Machine::start(&mut plan, &interrupted)?;
     say(format_args!(
         " run: {}; {}, {} of memory, {} resident, {} pages",
         plan.guest_because,
