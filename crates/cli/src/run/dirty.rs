@@ -35,11 +35,11 @@ pub(crate) struct DirtyCounts {
 /// The counts at the end.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub(crate) struct DirtyReport {
-    /// Times that the log was read.
+    /// Times that the log was read, for what was written in an epoch.
     pub(crate) rounds: u64,
-    /// Times that it was compared with what the guest has written.
+    /// Times that it was compared with what the guest has written, and could have been found wrong.
     pub(crate) epochs: u64,
-    /// Frames in the rounds.
+    /// Frames that were in the log when it was read, and in the rings meanwhile.
     pub(crate) frames: u64,
 }
 
@@ -58,7 +58,7 @@ pub(super) fn log(
     counts: &DirtyCounts,
     go_on: impl Fn() -> bool,
 ) -> Result<()> {
-    let mut log = Log { engine, counts, words: Vec::new(), late: Vec::new(), by: LogBy::Protection };
+    let mut log = Log::new(engine, counts);
     for by in [LogBy::Protection, LogBy::Marks].into_iter().cycle() {
         if !go_on() {
             break;
@@ -83,10 +83,21 @@ struct Log<'e> {
     by: LogBy,
 }
 
-impl Log<'_> {
+impl<'e> Log<'e> {
+    fn new(engine: &'e Arc<dyn Engine>, counts: &'e DirtyCounts) -> Self {
+        Self { engine, counts, words: Vec::new(), late: Vec::new(), by: LogBy::Protection }
+    }
+
     /// Starts the log, by marks if there are any, with nothing written yet.
     fn start(&mut self, guest: &GuestHandle, by: LogBy) -> Result<()> {
         let still = guest.pause()?;
+        self.begin(by)?;
+        drop(still.take_written());
+        Ok(())
+    }
+
+    /// The same, while the guest stands still.
+    fn begin(&mut self, by: LogBy) -> Result<()> {
         self.by = by;
         match self.engine.start_log(by) {
             Err(SlotError::NoDirtyMarks(_)) => {
@@ -98,11 +109,9 @@ impl Log<'_> {
         // What was written before, and zapped by someone else while the log started, may be in it; so may what was written
         // between the end of a part and the end of its epoch.
         let taken = self.engine.take_log()?;
+        self.engine.take_rings(&mut |_| ());
         self.words = vec![0; taken.len()];
-        self.take_rings();
-        self.words.fill(0);
         self.forgive(taken);
-        drop(still.take_written());
         Ok(())
     }
 
@@ -113,22 +122,34 @@ impl Log<'_> {
                 thread::sleep(ROUND_EVERY / RINGS_A_ROUND);
                 self.take_rings();
             }
-            let taken = if round % 2 == 0 { self.engine.take_log()? } else { look_and_clear(self.engine)? };
-            self.counts.rounds.fetch_add(1, Ordering::Relaxed);
-            self.merge(&taken);
+            self.round(round)?;
         }
         // A vCPU whose ring is full gets to the end of its access only when that was reset.
         let still = guest.pause_while(|| self.take_rings())?;
+        self.close(still.take_written().words(), still.is_whole())
+    }
+
+    /// Reads the log, as a whole or half by half in turn.
+    fn round(&mut self, round: u32) -> Result<()> {
+        let taken =
+            if round.is_multiple_of(2) { self.engine.take_log()? } else { look_and_clear(self.engine)? };
+        self.merge(&taken);
+        Ok(())
+    }
+
+    /// Compares the log with what was `written` in the part; `is_whole` if no vCPU has ended.
+    fn close(&mut self, written: &[u64], is_whole: bool) -> Result<()> {
         self.take_rings();
         let taken = self.engine.take_log()?;
         self.merge(&taken);
-        let written = still.take_written();
-        let others = if still.is_whole() { Others::Again(&self.late) } else { Others::OfAnEnd };
-        compare(written.words(), &self.words, others)?;
+        let others = if is_whole { Others::Again(&self.late) } else { Others::OfAnEnd };
+        compare(written, &self.words, others)?;
+        // Where a vCPU has ended any frame may be logged, and where nothing was written none can be lost.
+        if is_whole || written.iter().any(|word| *word != 0) {
+            self.counts.epochs.fetch_add(1, Ordering::Relaxed);
+        }
         self.words.fill(0);
         self.forgive(taken);
-        drop(still);
-        self.counts.epochs.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
 
@@ -140,7 +161,9 @@ impl Log<'_> {
         self.late = taken;
     }
 
+    /// Counts what was read in a round.
     fn merge(&mut self, round: &[u64]) {
+        self.counts.rounds.fetch_add(1, Ordering::Relaxed);
         for (all, word) in self.words.iter_mut().zip(round) {
             *all |= word;
         }
@@ -192,7 +215,90 @@ fn compare(written: &[u64], logged: &[u64], others: Others<'_>) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::num::NonZeroU32;
+    use std::sync::Mutex;
+
+    use afterimage_mmu::{FaultStats, Gfn, InvalidationStats};
+
     use super::*;
+
+    /// An engine with one word of log, of which each look takes the lowest bit; and two frames in rings.
+    #[derive(Debug)]
+    struct Logged {
+        bits: Mutex<u64>,
+    }
+
+    impl Engine for Logged {
+        fn fault_stats(&self) -> FaultStats {
+            FaultStats::default()
+        }
+
+        fn invalidation_stats(&self) -> InvalidationStats {
+            InvalidationStats::default()
+        }
+
+        fn start_log(&self, _by: LogBy) -> Result<(), SlotError> {
+            Ok(())
+        }
+
+        fn take_log(&self) -> Result<Vec<u64>, SlotError> {
+            let mut bits = self.bits.lock().expect("nobody panics");
+            let lowest = *bits & bits.wrapping_neg();
+            *bits &= !lowest;
+            Ok(vec![lowest])
+        }
+
+        fn look_at_log(&self) -> Result<Vec<u64>, SlotError> {
+            self.take_log()
+        }
+
+        fn clear_log(&self, _first: u64, _mask: &[u64]) -> Result<(), SlotError> {
+            Ok(())
+        }
+
+        fn stop_log(&self) -> Result<(), SlotError> {
+            Ok(())
+        }
+
+        fn take_rings(&self, frame: &mut dyn FnMut(Gfn)) {
+            [62, 63].map(Gfn::new).into_iter().for_each(frame);
+        }
+
+        fn split(&self) -> Result<(), SlotError> {
+            Ok(())
+        }
+
+        fn collapse(&self) -> Result<(), SlotError> {
+            Ok(())
+        }
+
+        fn reload(&self) {}
+
+        fn recover_nx(&self, _ratio: NonZeroU32) -> u64 {
+            0
+        }
+    }
+
+    #[test]
+    fn what_is_read_and_compared_is_counted() {
+        let engine: Arc<dyn Engine> = Arc::new(Logged { bits: Mutex::new(0b111) });
+        let counts = DirtyCounts::default();
+        let mut log = Log::new(&engine, &counts);
+        let counted = || {
+            let DirtyReport { rounds, epochs, frames } = counts.get();
+            (rounds, epochs, frames)
+        };
+        log.begin(LogBy::Marks).expect("it starts");
+        assert_eq!(counted(), (0, 0, 0), "what was logged before the start is nobody's");
+        log.round(0).expect("a round");
+        assert_eq!(counted(), (1, 0, 1));
+        log.close(&[0b110 | 0b11 << 62], true).expect("it was written");
+        assert_eq!(counted(), (2, 1, 4), "the last reading of a part is one, and two came in rings");
+        log.close(&[0], false).expect("any frame may be logged");
+        assert_eq!(counted(), (3, 1, 6), "it could not have been found wrong");
+        log.close(&[0b11 << 62], false).expect("it was written");
+        assert_eq!(counted(), (4, 2, 8));
+    }
 
     #[test]
     fn both_sets_must_be_the_same() {
