@@ -36,9 +36,11 @@ const SPLIT_EVERY: Duration = Duration::from_millis(7);
 const COLLAPSE_EVERY: Duration = Duration::from_millis(11);
 /// How often all translations go at once.
 const RELOAD_EVERY: Duration = Duration::from_millis(23);
-/// Checkpoints a second, and how much of memory each takes: all of it in about four seconds.
+/// How long a checkpoint rests between two parts of memory, and the parts: 16, or as many as make 64 MiB of each, since the guest
+/// waits for all of one. So up to 1 GiB takes four seconds, larger memory four for each GiB, and the time that reading takes.
 const CHECKPOINT_EVERY: Duration = Duration::from_millis(250);
 const CHECKPOINT_PARTS: u64 = 16;
+const CHECKPOINT_FRAMES: u64 = 16_384;
 
 /// The running threads.
 #[derive(Debug)]
@@ -303,9 +305,13 @@ fn parts_of(all: PfnRange, count: u64) -> impl Iterator<Item = PfnRange> + Clone
     })
 }
 
+fn checkpoint_parts(all: PfnRange) -> impl Iterator<Item = PfnRange> + Clone {
+    parts_of(all, CHECKPOINT_PARTS.max(all.len().div_ceil(CHECKPOINT_FRAMES)))
+}
+
 /// Reads all of memory, a part at a time, as a checkpoint would.
 fn checkpoint(reach: &Reach) -> Result<()> {
-    let mut parts = parts_of(reach.object.frames(), CHECKPOINT_PARTS).cycle();
+    let mut parts = checkpoint_parts(reach.object.frames()).cycle();
     while reach.is_running() {
         let part = reach.whole_pages(parts.next().expect("it goes round"));
         let mut bytes = 0_u64;
@@ -313,4 +319,19 @@ fn checkpoint(reach: &Reach) -> Result<()> {
         reach.stop.sleep(CHECKPOINT_EVERY);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_part_of_a_checkpoint_is_small_however_large_memory_is() {
+        for (frames, count) in [(1, 1), (100, 15), (1 << 18, 16), (1 << 24, 1024), ((1 << 24) + 1, 1025)] {
+            let all = PfnRange::new(Pfn::new(0), Pfn::new(frames));
+            let parts: Vec<_> = checkpoint_parts(all).map(PfnRange::len).collect();
+            assert!(parts.iter().all(|&part| part <= CHECKPOINT_FRAMES), "{frames}");
+            assert_eq!((parts.len(), parts.iter().sum::<u64>()), (count, frames));
+        }
+    }
 }
