@@ -51,6 +51,11 @@ impl Code {
         Ok(code)
     }
 
+    /// Where the program begins.
+    pub(crate) fn entry(&self) -> *const u8 {
+        self.base.as_ptr()
+    }
+
     /// Runs the program on the calling thread until it ends.
     ///
     /// `memory` is the range of the managed memory's host addresses. The block's pointers must be host addresses of
@@ -63,7 +68,7 @@ impl Code {
             runner: Runner::Thread { code: start..start + self.bytes as u64, exit: start + self.exit as u64 },
         };
         // SAFETY: the mapping begins with a function of this type.
-        let entry: extern "sysv64" fn(*const VcpuBlock) = unsafe { core::mem::transmute(self.base.as_ptr()) };
+        let entry: extern "sysv64" fn(*const VcpuBlock) = unsafe { core::mem::transmute(self.entry()) };
         signals::with_target(&target, || entry(block));
         block.saved_stack.store(0, Relaxed);
     }

@@ -64,6 +64,13 @@ impl Emitter {
         a.mov(r8, rax)
     }
 
+    /// Makes of the time in RAX the one since R8; none, where the two are of CPUs that are out of step. Changes RCX.
+    fn since(&mut self) -> Emitted {
+        self.a.mov(ecx, 0)?;
+        self.a.sub(rax, r8)?;
+        self.a.cmovb(rax, rcx)
+    }
+
     /// Files the time since R8 and returns. RSI: the window table.
     fn file(&mut self) -> Emitted {
         let (mut bucket, mut overlapped) = (self.a.create_label(), self.a.create_label());
@@ -71,7 +78,8 @@ impl Emitter {
         a.rdtsc()?;
         a.shl(rdx, 32)?;
         a.or(rax, rdx)?;
-        a.sub(rax, r8)?;
+        self.since()?;
+        let a = &mut self.a;
         a.movdqa(xmm4, xmmword_ptr(rsi + BEGINS as i32))?;
         a.pcmpeqd(xmm4, ENDS[0])?;
         for (index, register) in ENDS.into_iter().enumerate().skip(1) {
@@ -158,5 +166,38 @@ impl Emitter {
         a.mov(r8, block!(inside))?;
         a.add(rsp, 64)?;
         a.jmp(bucket)
+    }
+}
+
+#[cfg(test)]
+// UNSAFETY: calls what it assembles.
+#[expect(unsafe_code)]
+mod tests {
+    use iced_x86::IcedError;
+    use iced_x86::code_asm::{CodeAssembler, rdi};
+
+    use super::*;
+    use crate::program::Program;
+    use crate::thread::Code;
+
+    /// A function of the time now and the time then.
+    fn since() -> Result<Program, IcedError> {
+        let mut e = Emitter::new(CodeAssembler::new(64)?);
+        e.a.mov(rax, rdi)?;
+        e.a.mov(r8, rsi)?;
+        e.since()?;
+        e.a.ret()?;
+        Ok(Program { code: e.a.assemble(0)?, exit: 0 })
+    }
+
+    #[test]
+    fn no_time_runs_backwards() {
+        let code = Code::map(&since().expect("instructions")).expect("memory");
+        // SAFETY: (1) the mapping begins with a function of this type; (2) it stays until the end of the test.
+        let since: extern "sysv64" fn(u64, u64) -> u64 = unsafe { core::mem::transmute(code.entry()) };
+        for (now, then, time) in [(7, 5, 2), (5, 5, 0), (5, 7, 0), (0, u64::MAX, 0), (u64::MAX, 0, u64::MAX)]
+        {
+            assert_eq!(since(now, then), time, "{then} to {now}");
+        }
     }
 }
