@@ -50,7 +50,7 @@ impl Progress {
                     }
                 }
                 Seen::Accesses(now_made) => (*since, *accesses) = (now, now_made),
-                Seen::Ended => *since = now,
+                Seen::Ended => {}
             }
         }
         hanging
