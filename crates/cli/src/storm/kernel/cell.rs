@@ -108,6 +108,7 @@ impl Display for KernelTable<'_> {
         let Some(first) = self.cells.first() else { return self.write_left_out(f) };
         let tables = match first.tables {
             Tables::Tdp => "nested tables, TDP MMU",
+            Tables::Nested => "nested tables, without the TDP MMU",
             Tables::Shadow => "shadow tables",
         };
         writeln!(f, "{} ({}, {tables})\n", first.cell.engine, first.kvm)?;

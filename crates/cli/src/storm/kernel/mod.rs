@@ -29,7 +29,7 @@ pub(crate) use self::beside::beside;
 use self::blow::{KernelRun, KernelStorm, RecordedRun};
 use self::cell::{KernelCell, KernelTable};
 use self::memory::By;
-use self::watched::{Tables, Watched};
+use self::watched::{Tables, Watched, parameter};
 use super::{NOTHING, bar};
 use crate::output::{Output, ended, say};
 use crate::signals::interrupted;
@@ -206,7 +206,7 @@ fn cell(
     facts: &KvmFacts,
     interrupted: &AtomicBool,
 ) -> Result<KernelCell> {
-    let tables = if facts.tdp_mmu == Some(true) { Tables::Tdp } else { Tables::Shadow };
+    let tables = Tables::of(facts.kind, facts.tdp_mmu, parameter);
     let mut runs = Runs::of(repeat, interrupted, || storm.blow(interrupted))?;
     let (watched, untraced) = match watch(storm, tables, interrupted) {
         None => (None, None),

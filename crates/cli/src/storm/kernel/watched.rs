@@ -14,7 +14,10 @@
 //! | `contention_begin`, `contention_end` on a spinning reader-writer lock | somebody waited for such a lock: here that is `mmu_lock` |
 
 use core::fmt;
+use std::fs;
+use std::path::Path;
 
+use afterimage_vm::KvmKind;
 use serde::Serialize;
 
 use super::tracefs::{Line, Probe};
@@ -51,8 +54,39 @@ const SPTE_PRESENT: u64 = 1 << 11;
 pub(crate) enum Tables {
     /// Nested ones, by the TDP MMU.
     Tdp,
+    /// Nested ones, without it.
+    Nested,
     /// Shadows of the guest's own.
     Shadow,
+}
+
+impl Tables {
+    /// Those of a KVM by what it says of its TDP MMU; `parameter` reads one of a module. KVM says it where there are no nested
+    /// tables at all, and may have those without it.
+    pub(crate) fn of(
+        kind: KvmKind,
+        tdp_mmu: Option<bool>,
+        parameter: impl Fn(&str) -> Option<String>,
+    ) -> Self {
+        let is_set = |name| parameter(name).map(|value| ["Y", "1"].contains(&value.trim()));
+        let are_nested = match kind {
+            KvmKind::Intel => is_set("kvm_intel/parameters/ept"),
+            KvmKind::Amd => is_set("kvm_amd/parameters/npt"),
+            KvmKind::Pvm => Some(false),
+            KvmKind::Other => None,
+        };
+        let has_tdp_mmu = tdp_mmu == Some(true);
+        match are_nested.unwrap_or(has_tdp_mmu) {
+            true if has_tdp_mmu => Self::Tdp,
+            true => Self::Nested,
+            false => Self::Shadow,
+        }
+    }
+}
+
+/// A parameter of a kernel module.
+pub(crate) fn parameter(name: &str) -> Option<String> {
+    fs::read_to_string(Path::new("/sys/module").join(name)).ok()
 }
 
 /// One step of an invalidation, with how many of its kind came in a row.
@@ -131,7 +165,7 @@ impl Watched {
         };
         // A fault on shadow tables walks the guest's, and where the guest's code is not run by hardware has no other event.
         let fault = match tables {
-            Tables::Tdp => "kvm_page_fault",
+            Tables::Tdp | Tables::Nested => "kvm_page_fault",
             Tables::Shadow => "kvm_mmu_pagetable_walk",
         };
         let mut open = 0_u64;
@@ -327,5 +361,23 @@ mod tests {
         let watched = Watched::new(&[], Tables::Shadow, 0, &missing);
         assert_eq!((watched.faults_waited, watched.zapped, watched.faulted_in), (None, None, None));
         assert_eq!(watched.flushes, Some(0));
+    }
+
+    #[test]
+    fn tables_are_told_by_the_modules_parameters() {
+        let of = |kind, tdp_mmu, set: &'static str| {
+            let value = move |name: &str| Some(if set.contains(name) { "Y\n" } else { "N\n" }.to_owned());
+            Tables::of(kind, tdp_mmu, value)
+        };
+        let [ept, npt] = ["kvm_intel/parameters/ept", "kvm_amd/parameters/npt"];
+        assert_eq!(of(KvmKind::Intel, Some(true), ept), Tables::Tdp);
+        assert_eq!(of(KvmKind::Amd, Some(true), npt), Tables::Tdp);
+        assert_eq!(of(KvmKind::Intel, Some(false), ept), Tables::Nested, "tdp_mmu=0");
+        assert_eq!(of(KvmKind::Amd, None, npt), Tables::Nested, "older than the parameter");
+        assert_eq!(of(KvmKind::Intel, Some(true), ""), Tables::Shadow, "ept=0");
+        assert_eq!(of(KvmKind::Pvm, Some(true), ""), Tables::Shadow);
+        assert_eq!(Tables::of(KvmKind::Other, Some(true), |_| None), Tables::Tdp, "nothing else is known");
+        assert_eq!(Tables::of(KvmKind::Other, None, |_| None), Tables::Shadow);
+        assert_eq!(Watched::new(&trace(), Tables::Nested, 0, &[]).faults, 1, "hardware faults");
     }
 }
