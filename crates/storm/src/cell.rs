@@ -148,7 +148,8 @@ measured! {
         #[serde(skip_serializing_if = "Option::is_none")]
         accesses: Option<u64>,
         /// Accesses that faulted, each counted once however often it was retried.
-        faults: u64,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        faults: Option<u64>,
         /// Faults that were cut off: what held them up had to be ended without them, or the simulation had too many events.
         /// On real threads they are among the others, with what they had come to by then.
         #[serde(skip_serializing_if = "Option::is_none")]
@@ -357,7 +358,7 @@ mod tests {
 
     fn run(faults: u64, flushes: Option<f64>, inside: Option<u64>) -> Measured {
         Measured {
-            faults,
+            faults: Some(faults),
             flushes_per_invalidation: flushes,
             latency_ns: Latencies {
                 inside: inside.map(|max| Latency { max, ..Latency::default() }),
@@ -376,12 +377,12 @@ mod tests {
             run(60, None, None),
         ];
         let median = Measured::median(&runs);
-        assert_eq!(median.faults, 25);
+        assert_eq!(median.faults, Some(25));
         assert_eq!(median.flushes_per_invalidation, Some(2.0));
         assert_eq!(median.latency_ns.inside.map(|latency| latency.max), Some(6));
         assert_eq!(median.latency_ns.outside, None);
-        assert_eq!(Measured::least(&runs).faults, 10);
-        assert_eq!(Measured::greatest(&runs).faults, 60);
+        assert_eq!(Measured::least(&runs).faults, Some(10));
+        assert_eq!(Measured::greatest(&runs).faults, Some(60));
         assert_eq!(Measured::median(&[]), Measured::default());
     }
 

@@ -262,7 +262,7 @@ impl Storm {
         let measured = Measured {
             elapsed_ns,
             accesses: Some(total.accesses),
-            faults: total.faults,
+            faults: Some(total.faults),
             unfinished_faults: Some(total.unfinished),
             invalidations,
             flushes_per_invalidation: per(stats.flushes, invalidations),

@@ -36,7 +36,7 @@ const ROWS: &[Row] = &[
     ("  longest", |m| m.invalidation_ns.as_ref().map(|times| ns(times.max))),
     ("  mean", |m| m.invalidation_ns.as_ref().map(|times| ns(times.mean))),
     ("  CPU time", |m| m.invalidation_cpu_ns.map(ns)),
-    ("faults", |m| Some(show_count(m.faults))),
+    ("faults", |m| m.faults.map(show_count)),
     ("retries/fault", |m| m.retries_per_fault.map(ratio)),
     ("  before fault-in", |m| {
         m.retries.as_ref().map(|retries| share(retries.before_fault_in, retries.all()))

@@ -256,7 +256,7 @@ impl Machine {
         let measured = Measured {
             elapsed_ns: self.now.max(1),
             accesses: Some(self.accesses),
-            faults: self.faults,
+            faults: Some(self.faults),
             unfinished_faults: Some(unfinished_faults),
             invalidations: self.invalidations,
             flushes_per_invalidation: per(self.flushes, self.invalidations),

@@ -10,11 +10,36 @@ use hdrhistogram::Histogram;
 #[derive(Debug, Default)]
 pub(crate) struct Account {
     elapsed: Duration,
-    counts: Vec<KvmCounts>,
+    counted: Vec<Counted>,
     accesses: u64,
     /// Accesses of vCPUs that take fresh frames: each of them a fault.
     fresh: u64,
     latency: Option<Sums>,
+    /// Flushes in these intervals that belong to nothing that is counted.
+    left_out_flushes: u64,
+}
+
+/// What KVM counted in an interval; `None` where this one has no such counter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Counted {
+    faults: Option<u64>,
+    retries: Option<u64>,
+    flushes: Option<u64>,
+}
+
+impl Counted {
+    fn of(counts: &KvmCounts) -> Self {
+        Self { retries: counts.retries(), ..Self::by_name(|name| counts.get(name)) }
+    }
+
+    fn by_name(counter: impl Fn(&str) -> Option<u64>) -> Self {
+        let both = |fixed: u64| Some(fixed + counter("pf_spurious")?);
+        Self {
+            faults: counter("pf_fixed").and_then(both),
+            retries: None,
+            flushes: counter("remote_tlb_flush_requests"),
+        }
+    }
 }
 
 /// Latencies of vCPUs whose accesses all fault, and of the others.
@@ -48,7 +73,7 @@ impl Account {
     /// Adds what lies between two samples of a guest with these walks.
     pub(crate) fn add(&mut self, walks: &[Walk], from: &Sample, to: &Sample) {
         self.elapsed += to.at - from.at;
-        self.counts.push(to.counts.since(&from.counts));
+        self.counted.push(Counted::of(&to.counts.since(&from.counts)));
         for (vcpu, walk) in walks.iter().enumerate() {
             let accesses = to.accesses[vcpu] - from.accesses[vcpu];
             let latency = to.latencies[vcpu].since(&from.latencies[vcpu]);
@@ -68,14 +93,18 @@ impl Account {
         }
     }
 
-    fn counted(&self, name: &str) -> Option<u64> {
-        self.counts.iter().map(|counts| counts.get(name)).sum()
+    /// Leaves out the flushes of what is no invalidation: those from `before` it to `after` it.
+    pub(crate) fn leave_out(&mut self, before: &KvmCounts, after: &KvmCounts) {
+        self.left_out_flushes += Counted::of(&after.since(before)).flushes.unwrap_or(0);
+    }
+
+    fn counted(&self, number: fn(&Counted) -> Option<u64>) -> Option<u64> {
+        self.counted.iter().map(number).sum()
     }
 
     /// The numbers of one run with so many `invalidations`, each of which took as long as in `times`.
     pub(crate) fn measured(&self, invalidations: u64, times: &Histogram<u64>, wrong_pages: u64) -> Measured {
-        let faults = self.counted("pf_fixed").unwrap_or(0) + self.counted("pf_spurious").unwrap_or(0);
-        let retries: Option<u64> = self.counts.iter().map(KvmCounts::retries).sum();
+        let faults = self.counted(|counted| counted.faults);
         let ratio = |part: u64, whole: u64| part as f64 / whole as f64;
         Measured {
             elapsed_ns: u64::try_from(self.elapsed.as_nanos()).unwrap_or(u64::MAX),
@@ -83,12 +112,15 @@ impl Account {
             faults,
             invalidations,
             flushes_per_invalidation: self
-                .counted("remote_tlb_flush_requests")
+                .counted(|counted| counted.flushes)
                 .filter(|_| invalidations > 0)
-                .map(|flushes| ratio(flushes, invalidations)),
-            retries_per_fault: retries.filter(|_| faults > 0).map(|retries| ratio(retries, faults)),
+                .map(|flushes| ratio(flushes.saturating_sub(self.left_out_flushes), invalidations)),
+            retries_per_fault: self
+                .counted(|counted| counted.retries)
+                .zip(faults.filter(|&faults| faults > 0))
+                .map(|(retries, faults)| ratio(retries, faults)),
             invalidation_ns: Times::of(times),
-            latency_ns: self.latencies(faults),
+            latency_ns: self.latencies(faults.unwrap_or(0)),
             wrong_pages,
             ..Measured::default()
         }
@@ -113,4 +145,34 @@ fn shown(histogram: &LatencyHistogram) -> Option<Latency> {
         p999: ns(histogram.p999()),
         max: ns(histogram.max()),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn measured(counted: &[Counted], left_out_flushes: u64) -> Measured {
+        let account = Account { counted: counted.to_vec(), left_out_flushes, ..Account::default() };
+        account.measured(4, &Histogram::new(3).expect("3 digits are in range"), 0)
+    }
+
+    #[test]
+    fn what_is_not_counted_is_not_zero() {
+        let old = Counted::by_name(|name| (name == "pf_fixed").then_some(7));
+        assert_eq!(old, Counted { faults: None, retries: None, flushes: None });
+        let old = measured(&[old], 0);
+        assert_eq!((old.faults, old.retries_per_fault, old.flushes_per_invalidation), (None, None, None));
+        let new = Counted { retries: Some(3), ..Counted::by_name(|name| Some(name.len() as u64)) };
+        let measured = measured(&[new, new], 0);
+        assert_eq!(measured.faults, Some(2 * ("pf_fixed".len() + "pf_spurious".len()) as u64));
+        assert_eq!(measured.retries_per_fault, Some(3.0 / 19.0));
+        assert!(measured.flushes_per_invalidation.is_some());
+    }
+
+    #[test]
+    fn flushes_of_what_is_no_invalidation_are_left_out() {
+        let counted = Counted { faults: Some(1), retries: Some(0), flushes: Some(12) };
+        assert_eq!(measured(&[counted], 0).flushes_per_invalidation, Some(3.0));
+        assert_eq!(measured(&[counted], 4).flushes_per_invalidation, Some(2.0));
+    }
 }

@@ -187,7 +187,7 @@ impl KernelStorm {
                 }
             }
             if blown.is_ok() {
-                blown = self.look_after(plan, guest, memory, interrupted);
+                blown = self.look_after(plan, guest, memory, counting, interrupted);
             }
             over.store(true, Relaxed);
             for thread in threads {
@@ -213,8 +213,10 @@ impl KernelStorm {
     fn warm_up(&self, plan: &Plan, guest: &TouchGuest, memory: &StormMemory) -> Result<()> {
         if self.load != Load::Uncontended {
             let since = Instant::now();
+            // Nothing is counted yet.
+            let counting = Mutex::default();
             while since.elapsed() < WARM_UP {
-                renew(plan, guest, memory)?;
+                renew(plan, guest, memory, &counting)?;
                 thread::sleep(LOOK_EVERY);
             }
         }
@@ -227,6 +229,7 @@ impl KernelStorm {
         plan: &Plan,
         guest: &TouchGuest,
         memory: &StormMemory,
+        counting: &Mutex<(Account, Option<Sample>)>,
         interrupted: &AtomicBool,
     ) -> Result<()> {
         let since = Instant::now();
@@ -234,7 +237,7 @@ impl KernelStorm {
             self.load != Load::Uncontended && plan.walks.iter().any(|walk| walk.pace == Pace::OnRelease);
         while since.elapsed() < self.duration && !interrupted.load(Relaxed) && !guest.has_ended() {
             if renews {
-                renew(plan, guest, memory)?;
+                renew(plan, guest, memory, counting)?;
             }
             let left = self.duration.saturating_sub(since.elapsed());
             thread::sleep(if renews { LOOK_EVERY } else { WAIT_EVERY }.min(left));
@@ -287,13 +290,29 @@ fn lock(counting: &Mutex<(Account, Option<Sample>)>) -> MutexGuard<'_, (Account,
     counting.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Has each vCPU's own frames unmapped that is through with them, and lets it go on.
-fn renew(plan: &Plan, guest: &TouchGuest, memory: &StormMemory) -> Result<()> {
+/// Has each vCPU's own frames unmapped that is through with them, and lets it go on. That is no invalidation of the storm: its
+/// flushes are left out where anything is counted, with those of invalidations that go on meanwhile.
+fn renew(
+    plan: &Plan,
+    guest: &TouchGuest,
+    memory: &StormMemory,
+    counting: &Mutex<(Account, Option<Sample>)>,
+) -> Result<()> {
     for (vcpu, walk) in plan.walks.iter().enumerate() {
-        if walk.pace == Pace::OnRelease && guest.is_waiting(vcpu) {
-            memory.discard(GfnRange::new(walk.first, walk.first + walk.stride * walk.count))?;
-            guest.release(vcpu);
+        if walk.pace != Pace::OnRelease || !guest.is_waiting(vcpu) {
+            continue;
         }
+        let frames = GfnRange::new(walk.first, walk.first + walk.stride * walk.count);
+        let (account, since) = &mut *lock(counting);
+        match since {
+            None => memory.discard(frames)?,
+            Some(_) => {
+                let before = guest.counters_of_kvm().read()?;
+                memory.discard(frames)?;
+                account.leave_out(&before, &guest.counters_of_kvm().read()?);
+            }
+        }
+        guest.release(vcpu);
     }
     Ok(())
 }

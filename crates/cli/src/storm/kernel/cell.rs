@@ -60,15 +60,21 @@ impl KernelCell {
         let missing = &mut self.not_available;
         missing.extend(UNCOUNTED.map(|(number, why)| (number, why.to_owned())));
         let median = &self.cell.median;
+        let uncounted = "this KVM has no counters of faults (Linux 5.19 and newer have)";
+        if median.faults.is_none() {
+            let why = format!("{uncounted}; so latencies are of vCPUs alone whose accesses all fault");
+            missing.insert("faults", why);
+        }
         if median.retries_per_fault.is_none() {
-            let why = match median.faults {
-                0 => "nothing faulted",
-                _ => "this KVM has no counters of faults (Linux 5.19 and newer have)",
-            };
+            let why = if median.faults == Some(0) { "nothing faulted" } else { uncounted };
             missing.insert("retries_per_fault", why.to_owned());
         }
         if median.flushes_per_invalidation.is_none() {
-            missing.insert("flushes_per_invalidation", "nothing was invalidated".to_owned());
+            let why = match median.invalidations {
+                0 => "nothing was invalidated",
+                _ => "this KVM does not count flushes (`remote_tlb_flush_requests`)",
+            };
+            missing.insert("flushes_per_invalidation", why.to_owned());
         }
         if self.by == By::Ksm {
             let why = "the kernel merges by itself, and nobody sees when: latencies are all `outside`";
