@@ -32,15 +32,25 @@ const ROWS: &[Row] = &[
     ("  invalidations waited for it", &["watched", "invalidations_waited", "count"], Some(INVALIDATIONS)),
 ];
 
-/// Reads files of cells, and sets those of one scenario, load and way beside each other.
+/// What cells should have in common; a row where they do not.
+const SIZES: [(&str, &str); 3] =
+    [("vCPUs", "vcpus"), ("threads", "threads"), ("memory, bytes", "memory_bytes")];
+
+/// Reads files of cells, and sets those of one scenario, load and way beside each other: whatever is in one file at least.
 ///
 /// # Errors
 ///
 /// A file cannot be read, or holds no cells of a kernel.
 pub(crate) fn beside(files: &[impl AsRef<Path>]) -> Result<String> {
     let kernels = files.iter().map(|file| cells(file.as_ref())).collect::<Result<Vec<_>>>()?;
+    let mut firsts: Vec<&Value> = Vec::new();
+    for cell in kernels.iter().flatten() {
+        if !firsts.iter().any(|first| is_same(cell, first)) {
+            firsts.push(cell);
+        }
+    }
     let mut shown = String::new();
-    for first in &kernels[0] {
+    for first in firsts {
         let column: Vec<Option<&Value>> =
             kernels.iter().map(|cells| cells.iter().find(|cell| is_same(cell, first))).collect();
         write_cells(&mut shown, first, &column);
@@ -91,6 +101,14 @@ fn write_cells(shown: &mut String, first: &Value, column: &[Option<&Value>]) {
         })
     };
     line(&title, &mut column.iter().map(of_kernel));
+    for (name, key) in SIZES {
+        if column.iter().flatten().any(|cell| cell[key] != first[key]) {
+            line(
+                name,
+                &mut column.iter().map(|cell| cell.map_or("–".to_owned(), |cell| cell[key].to_string())),
+            );
+        }
+    }
     for row in ROWS {
         let values: Vec<_> = column.iter().map(|cell| cell.and_then(|cell| number(cell, row))).collect();
         let is_heading = row.1.is_empty() && column.iter().flatten().any(|cell| cell["watched"].is_object());
@@ -161,6 +179,31 @@ mod tests {
         assert_eq!(line("faults waited for mmu_lock"), "2.50 not available");
         assert!(shown.contains("begin, zap ×3, fault waits"), "{shown}");
         assert!(!shown.contains("retries/fault"), "nobody knows: {shown}");
+    }
+
+    /// What ran on one of them only, or with other sizes, must not look as if it had not, or alike.
+    #[test]
+    fn what_differs_is_said() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let file = |name: &str, cells: &[Value]| {
+            let path = directory.path().join(name);
+            fs::write(&path, serde_json::to_vec(cells).expect("it is JSON")).expect("it can be written");
+            path
+        };
+        let with = |mut cell: Value, key: &str, value: Value| {
+            cell[key] = value;
+            cell
+        };
+        let old = with(cell("Linux 6.1", 2.0, Value::Null), "vcpus", 2.into());
+        let new = with(cell("Linux 6.12", 1.0, Value::Null), "vcpus", 4.into());
+        let only_new = with(new.clone(), "scenario", "C".into());
+        let shown = beside(&[file("old", &[old]), file("new", &[only_new, new])]).expect("both can be read");
+        let words = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+        let lines: Vec<_> = shown.lines().map(words).collect();
+        let has = |line: &str| lines.contains(&words(line));
+        assert!(has("A storm by madvise Linux 6.1 Linux 6.12") && has("vCPUs 2 4"), "{shown}");
+        assert!(has("C storm by madvise – Linux 6.12"), "{shown}");
+        assert!(!shown.contains("threads"), "they are alike: {shown}");
     }
 
     #[test]
