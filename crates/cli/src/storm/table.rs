@@ -96,6 +96,13 @@ fn per_second(count: u64, ns: u64) -> u64 {
     (count as f64 * 1e9 / ns.max(1) as f64) as u64
 }
 
+/// How many runs medians are of: one that was interrupted may have left cells with fewer than the others.
+pub(super) fn runs(runs: impl Iterator<Item = u64> + Clone) -> String {
+    let (least, most) = (runs.clone().min().unwrap_or(0), runs.max().unwrap_or(0));
+    let most_shown = show_number(most, "run");
+    if least == most { most_shown } else { format!("{} to {most_shown}", show_count(least)) }
+}
+
 /// What is said of a cell whose vCPUs had to leave before their faults were served.
 pub(super) fn cut_off(cell: &Cell) -> Option<String> {
     let faults = cell.max.unfinished_faults.filter(|&faults| faults > 0)?;
@@ -163,7 +170,7 @@ fn write_block(f: &mut fmt::Formatter<'_>, scenario: Scenario, cells: &[&Cell]) 
         show_bytes(first.memory_bytes),
         show_number(first.vcpus, "vCPU"),
         first.threads,
-        show_number(first.runs, "run")
+        runs(cells.iter().map(|cell| cell.runs))
     )?;
     let heads: Vec<_> = cells.iter().map(|cell| head(cell)).collect();
     for line in 0..heads[0].len() {
@@ -206,6 +213,16 @@ mod tests {
             max,
             failures: Vec::new(),
         }
+    }
+
+    #[test]
+    fn medians_are_of_as_many_runs_as_there_were() {
+        let table = |runs: [u64; 2]| {
+            let cells = runs.map(|runs| Cell { runs, ..cell(Policies::LINUX, Measured::default()) });
+            Table(&cells).to_string()
+        };
+        assert!(table([3, 3]).contains("; medians of 3 runs\n"), "{}", table([3, 3]));
+        assert!(table([2, 1]).contains("; medians of 1 to 2 runs\n"), "{}", table([2, 1]));
     }
 
     #[test]

@@ -16,7 +16,7 @@ use std::time::Duration;
 use afterimage_storm::{Cell, Load, Outcome, Policies, Scenario};
 
 use self::drawing::{Drawing, escape};
-use super::table::{BYSTANDERS, cut_off};
+use super::table::{BYSTANDERS, cut_off, runs};
 use crate::units::{show_bytes, show_duration, show_number};
 
 /// The page about `outcomes`; `what` says of what machine they are, and how they came about.
@@ -39,8 +39,9 @@ fn write(page: &mut String, outcomes: &[Outcome], what: &str) -> fmt::Result {
         let here: Vec<&Outcome> =
             outcomes.iter().filter(|outcome| outcome.cell.scenario == scenario).collect();
         let Some(first) = here.first() else { continue };
-        let Cell { memory_bytes, vcpus, threads, runs, .. } = &first.cell;
-        let (vcpus, runs) = (show_number(*vcpus, "vCPU"), show_number(*runs, "run"));
+        let Cell { memory_bytes, vcpus, threads, .. } = &first.cell;
+        let vcpus = show_number(*vcpus, "vCPU");
+        let runs = runs(here.iter().map(|outcome| outcome.cell.runs));
         writeln!(page, "<section id=\"{scenario}\">\n<h2>{scenario}: {}</h2>", scenario.sentence())?;
         if here.iter().any(|outcome| outcome.cell.load == Load::Bystanders) {
             writeln!(page, "<p class=\"what\">{BYSTANDERS}.</p>")?;
