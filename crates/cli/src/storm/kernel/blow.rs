@@ -98,6 +98,16 @@ struct Invalidator<'s> {
 }
 
 impl KernelStorm {
+    /// What its guest's memory takes, that of its own frames included.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.plan().frames * FRAME_BYTES
+    }
+
+    fn plan(&self) -> Plan {
+        let Self { scenario, load, by, vcpus, threads, memory, .. } = *self;
+        Plan::new(scenario, load, by, vcpus, threads, memory / FRAME_BYTES)
+    }
+
     /// Lets it blow.
     ///
     /// # Errors
@@ -125,8 +135,7 @@ impl KernelStorm {
     }
 
     fn blow_with(&self, tracing: Option<&Tracing>, interrupted: &AtomicBool) -> Result<KernelRun> {
-        let Self { scenario, load, by, vcpus, threads, memory, .. } = *self;
-        let plan = Plan::new(scenario, load, by, vcpus, threads, memory / FRAME_BYTES);
+        let (plan, Self { load, by, .. }) = (self.plan(), *self);
         let memory = StormMemory::new(plan.frames, by)?;
         let merging = (by == By::Ksm && load != Load::Quiet).then(|| merge(&plan, &memory)).transpose()?;
         // Whoever leaves drops the guest before its memory: it is declared later.

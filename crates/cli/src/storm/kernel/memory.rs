@@ -35,6 +35,12 @@ impl fmt::Display for By {
     }
 }
 
+/// Bytes of memory that can be had without making others swap, by `/proc/meminfo`.
+pub(crate) fn available(meminfo: &str) -> Option<u64> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    Some(line.trim().strip_suffix(" kB")?.parse::<u64>().ok()? << 10)
+}
+
 /// The managed memory of one run. It outlives the guest that works on it.
 #[derive(Debug)]
 pub(crate) struct StormMemory {

@@ -17,6 +17,7 @@ mod watched;
 
 use core::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::collections::BTreeMap;
+use std::fs;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -33,7 +34,7 @@ use self::watched::{Tables, Watched, parameter};
 use super::{NOTHING, bar};
 use crate::output::{Output, ended, say};
 use crate::signals::interrupted;
-use crate::units::show_number;
+use crate::units::{show_bytes, show_number};
 
 /// How long a run that is recorded blows, at most.
 const RECORDED: Duration = Duration::from_millis(100);
@@ -58,7 +59,9 @@ pub(crate) struct KernelPlan {
 impl KernelPlan {
     /// Refuses what cannot run, before anything does.
     pub(crate) fn check(&self) -> Result<()> {
-        for KernelStorm { scenario, load, vcpus, threads, memory, seed, duration, .. } in storms(self) {
+        let available = memory::available(&fs::read_to_string("/proc/meminfo").unwrap_or_default());
+        for storm in storms(self) {
+            let KernelStorm { scenario, load, vcpus, threads, memory, seed, duration, .. } = storm;
             ensure!(
                 (1..=MAX_VCPUS).contains(&vcpus),
                 "a guest on KVM has 1 to {MAX_VCPUS} vCPUs, not {vcpus}: see --vcpus"
@@ -66,9 +69,22 @@ impl KernelPlan {
             let policies = Policies::LINUX;
             let threads = threads.max(1);
             Storm { scenario, load, policies, vcpus, threads, memory, seed, duration }.check()?;
+            fits(scenario, storm.bytes(), available)?;
         }
         Ok(())
     }
+}
+
+/// Refuses what takes more memory than is `available`, where that is known: every page of a guest is written to.
+fn fits(scenario: Scenario, bytes: u64, available: Option<u64>) -> Result<()> {
+    let available = available.unwrap_or(u64::MAX);
+    ensure!(
+        bytes <= available,
+        "a storm {scenario} over the kernel takes {} of memory, and this host has {} available: see --memory",
+        show_bytes(bytes),
+        show_bytes(available)
+    );
+    Ok(())
 }
 
 /// The cells to run, in order.
@@ -270,6 +286,16 @@ mod tests {
     fn runs(blown: Vec<Result<KernelRun>>) -> Result<Runs> {
         let mut blown = blown.into_iter();
         Runs::of(blown.len(), &AtomicBool::new(false), || blown.next().expect("no more than these"))
+    }
+
+    #[test]
+    fn more_memory_than_there_is_is_refused() {
+        let available = memory::available("MemTotal:  9 kB\nMemFree: 1 kB\nMemAvailable:    4194304 kB\n");
+        assert_eq!(available, Some(4 << 30));
+        assert!(fits(Scenario::A, 4 << 30, available).is_ok());
+        let refused = fits(Scenario::A, 64 << 30, available).expect_err("too much").to_string();
+        assert!(refused.contains("takes 64 GiB of memory, and this host has 4 GiB available"), "{refused}");
+        assert!(fits(Scenario::A, 64 << 30, memory::available("")).is_ok(), "nobody knows");
     }
 
     #[test]
