@@ -149,6 +149,11 @@ impl Display for Table<'_> {
             if let Some(cut_off) = cut_off(cell) {
                 writeln!(f, "CUT OFF: {} {}: {cut_off}", cell.scenario, head(cell)[0])?;
             }
+            // The median of several runs may be none.
+            if cell.max.wrong_pages > 0 {
+                let pages = show_number(cell.max.wrong_pages, "wrong page");
+                writeln!(f, "FAILED: {} {}: {pages} in one run", cell.scenario, head(cell)[0])?;
+            }
             for failure in &cell.failures {
                 writeln!(f, "FAILED: {} {}: {failure}", cell.scenario, cell.engine)?;
             }
@@ -223,6 +228,17 @@ mod tests {
         };
         assert!(table([3, 3]).contains("; medians of 3 runs\n"), "{}", table([3, 3]));
         assert!(table([2, 1]).contains("; medians of 1 to 2 runs\n"), "{}", table([2, 1]));
+    }
+
+    #[test]
+    fn a_wrong_page_in_one_of_three_runs_is_told_of() {
+        let table = |wrong_pages| {
+            let max = Measured { wrong_pages, ..Measured::default() };
+            Table(&[cell(Policies::OURS, max)]).to_string()
+        };
+        assert!(!table(0).contains("FAILED"));
+        let wrong = table(1);
+        assert!(wrong.contains("FAILED: A ours: 1 wrong page in one run\n"), "{wrong}");
     }
 
     #[test]
