@@ -10,7 +10,7 @@ use hdrhistogram::Histogram;
 #[derive(Debug, Default)]
 pub(crate) struct Account {
     elapsed: Duration,
-    counted: Vec<Counted>,
+    intervals: Vec<Interval>,
     accesses: u64,
     /// Accesses of vCPUs that take fresh frames: each of them a fault.
     fresh: u64,
@@ -21,13 +21,13 @@ pub(crate) struct Account {
 
 /// What KVM counted in an interval; `None` where this one has no such counter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Counted {
+struct Interval {
     faults: Option<u64>,
     retries: Option<u64>,
     flushes: Option<u64>,
 }
 
-impl Counted {
+impl Interval {
     fn of(counts: &KvmCounts) -> Self {
         Self { retries: counts.retries(), ..Self::by_name(|name| counts.get(name)) }
     }
@@ -73,7 +73,7 @@ impl Account {
     /// Adds what lies between two samples of a guest with these walks.
     pub(crate) fn add(&mut self, walks: &[Walk], from: &Sample, to: &Sample) {
         self.elapsed += to.at - from.at;
-        self.counted.push(Counted::of(&to.counts.since(&from.counts)));
+        self.intervals.push(Interval::of(&to.counts.since(&from.counts)));
         for (vcpu, walk) in walks.iter().enumerate() {
             let accesses = to.accesses[vcpu] - from.accesses[vcpu];
             let latency = to.latencies[vcpu].since(&from.latencies[vcpu]);
@@ -95,11 +95,11 @@ impl Account {
 
     /// Leaves out the flushes of what is no invalidation: those from `before` it to `after` it.
     pub(crate) fn leave_out(&mut self, before: &KvmCounts, after: &KvmCounts) {
-        self.left_out_flushes += Counted::of(&after.since(before)).flushes.unwrap_or(0);
+        self.left_out_flushes += Interval::of(&after.since(before)).flushes.unwrap_or(0);
     }
 
-    fn counted(&self, number: fn(&Counted) -> Option<u64>) -> Option<u64> {
-        self.counted.iter().map(number).sum()
+    fn counted(&self, number: fn(&Interval) -> Option<u64>) -> Option<u64> {
+        self.intervals.iter().map(number).sum()
     }
 
     /// The numbers of one run with so many `invalidations`, each of which took as long as in `times`.
@@ -151,18 +151,18 @@ fn shown(histogram: &LatencyHistogram) -> Option<Latency> {
 mod tests {
     use super::*;
 
-    fn measured(counted: &[Counted], left_out_flushes: u64) -> Measured {
-        let account = Account { counted: counted.to_vec(), left_out_flushes, ..Account::default() };
+    fn measured(intervals: &[Interval], left_out_flushes: u64) -> Measured {
+        let account = Account { intervals: intervals.to_vec(), left_out_flushes, ..Account::default() };
         account.measured(4, &Histogram::new(3).expect("3 digits are in range"), 0)
     }
 
     #[test]
     fn what_is_not_counted_is_not_zero() {
-        let old = Counted::by_name(|name| (name == "pf_fixed").then_some(7));
-        assert_eq!(old, Counted { faults: None, retries: None, flushes: None });
+        let old = Interval::by_name(|name| (name == "pf_fixed").then_some(7));
+        assert_eq!(old, Interval { faults: None, retries: None, flushes: None });
         let old = measured(&[old], 0);
         assert_eq!((old.faults, old.retries_per_fault, old.flushes_per_invalidation), (None, None, None));
-        let new = Counted { retries: Some(3), ..Counted::by_name(|name| Some(name.len() as u64)) };
+        let new = Interval { retries: Some(3), ..Interval::by_name(|name| Some(name.len() as u64)) };
         let measured = measured(&[new, new], 0);
         assert_eq!(measured.faults, Some(2 * ("pf_fixed".len() + "pf_spurious".len()) as u64));
         assert_eq!(measured.retries_per_fault, Some(3.0 / 19.0));
@@ -171,7 +171,7 @@ mod tests {
 
     #[test]
     fn flushes_of_what_is_no_invalidation_are_left_out() {
-        let counted = Counted { faults: Some(1), retries: Some(0), flushes: Some(12) };
+        let counted = Interval { faults: Some(1), retries: Some(0), flushes: Some(12) };
         assert_eq!(measured(&[counted], 0).flushes_per_invalidation, Some(3.0));
         assert_eq!(measured(&[counted], 4).flushes_per_invalidation, Some(2.0));
     }
