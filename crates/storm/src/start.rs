@@ -38,30 +38,30 @@ pub(crate) struct Start {
     changed: Condvar,
 }
 
+/// One who gets ready, and calls it off if that fails.
+#[derive(Debug)]
+pub(crate) struct Runner<'s>(&'s Start);
+
 impl Start {
     pub(crate) fn new() -> Self {
         Self { state: Mutex::new(State::Ready(0)), changed: Condvar::new() }
     }
 
-    /// Waits for the start, as one of those who run. `false`: there is none.
-    #[must_use]
-    pub(crate) fn wait(&self) -> bool {
-        let mut state = self.lock();
-        if let State::Ready(ready) = &mut *state {
-            *ready += 1;
-        }
-        self.changed.notify_all();
-        let is_waiting = |state: &mut State| matches!(state, State::Ready(_));
-        let state = self.changed.wait_while(state, is_waiting).unwrap_or_else(PoisonError::into_inner);
-        *state == State::Off
+    /// Gets ready, as one of those who run.
+    pub(crate) fn runner(&self) -> Runner<'_> {
+        Runner(self)
     }
 
-    /// Lets all go once `threads` wait.
-    pub(crate) fn go(&self, threads: usize) {
-        let is_early = |state: &mut State| *state != State::Ready(threads);
+    /// Lets all go once `threads` wait. `false`: one of them will not come.
+    pub(crate) fn go(&self, threads: usize) -> bool {
+        let is_early = |state: &mut State| matches!(*state, State::Ready(ready) if ready != threads);
         let waiting = self.changed.wait_while(self.lock(), is_early);
-        *waiting.unwrap_or_else(PoisonError::into_inner) = State::Off;
+        let mut state = waiting.unwrap_or_else(PoisonError::into_inner);
+        if *state != State::CalledOff {
+            *state = State::Off;
+        }
         self.changed.notify_all();
+        *state == State::Off
     }
 
     /// Ends all who wait, and who come yet.
@@ -72,6 +72,29 @@ impl Start {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Runner<'_> {
+    /// Waits for the start. `false`: there is none.
+    #[must_use]
+    pub(crate) fn wait(self) -> bool {
+        let start = self.0;
+        core::mem::forget(self);
+        let mut state = start.lock();
+        if let State::Ready(ready) = &mut *state {
+            *ready += 1;
+        }
+        start.changed.notify_all();
+        let is_waiting = |state: &mut State| matches!(state, State::Ready(_));
+        let state = start.changed.wait_while(state, is_waiting).unwrap_or_else(PoisonError::into_inner);
+        *state == State::Off
+    }
+}
+
+impl Drop for Runner<'_> {
+    fn drop(&mut self) {
+        self.0.call_off();
     }
 }
 
@@ -89,11 +112,11 @@ mod tests {
             for _ in 0..4 {
                 scope.spawn(|| {
                     there.fetch_add(1, Ordering::Relaxed);
-                    assert!(start.wait());
+                    assert!(start.runner().wait());
                     assert_eq!(there.load(Ordering::Relaxed), 4);
                 });
             }
-            start.go(4);
+            assert!(start.go(4));
         });
     }
 
@@ -101,10 +124,25 @@ mod tests {
     fn who_waits_is_sent_home_and_so_is_who_comes_late() {
         let start = Start::new();
         thread::scope(|scope| {
-            let early = scope.spawn(|| start.wait());
+            let early = scope.spawn(|| start.runner().wait());
             start.call_off();
-            assert!(!start.wait());
+            assert!(!start.runner().wait());
             assert!(!early.join().expect("it only waits"));
+        });
+    }
+
+    #[test]
+    fn who_panics_before_the_start_is_not_waited_for() {
+        let start = Start::new();
+        thread::scope(|scope| {
+            let waits = scope.spawn(|| start.runner().wait());
+            let fails = scope.spawn(|| {
+                let _runner = start.runner();
+                panic!("it cannot get ready");
+            });
+            assert!(!start.go(2));
+            assert!(fails.join().is_err());
+            assert!(!waits.join().expect("it only waits"));
         });
     }
 }

@@ -186,21 +186,23 @@ impl Storm {
             let guest = |(number, touch): (usize, &Touch)| {
                 let (shared, start, course, touch) = (&shared, &start, &course, *touch);
                 spawn(scope, move || {
+                    let runner = start.runner();
                     place(number);
                     let mut guest = Guest::new(shared, number, touch, seed);
                     if load == Load::Busy {
                         guest.map_all();
                     }
-                    if start.wait() { guest.run(&course.over, &course.abandoned) } else { Seen::default() }
+                    if runner.wait() { guest.run(&course.over, &course.abandoned) } else { Seen::default() }
                 })
             };
             let invalidator = |((number, take), spares): ((usize, &Take), Spares)| {
                 let (shared, start, course, guests) = (&shared, &start, &course, plan.touches.len());
                 let take = *take;
                 spawn(scope, move || {
+                    let runner = start.runner();
                     place(guests + number);
                     let invalidator = Invalidator::new(shared, number, take, spares, seed);
-                    if start.wait() { invalidator.run(&course.calm) } else { Taken::default() }
+                    if runner.wait() { invalidator.run(&course.calm) } else { Taken::default() }
                 })
             };
             let threads = || {
@@ -216,7 +218,8 @@ impl Storm {
                 start.call_off();
                 course.end_all();
             })?;
-            start.go(count);
+            // Who panics before the start ends it: there is nothing to wait for.
+            let duration = if start.go(count) { duration } else { Duration::ZERO };
             let limits = Limits { duration, grace: GRACE };
             let is_open = || windows.iter().any(Windows::is_open);
             Ok(course.run(limits, interrupted, is_open, guests, invalidators))
