@@ -245,6 +245,12 @@ impl Model {
         if self.log.as_ref().is_some_and(|log| log.by == LogBy::Marks) {
             let dirty = self.pages.clean(RAM.gfns());
             self.record(dirty);
+            // A large page's mark says nothing of its frames: the next write splits it.
+            for leaf in self.pages.leaves(RAM.gfns()) {
+                if self.pages.pages[&leaf].is_large {
+                    self.track(GfnRange::frame(Gfn::new(leaf)));
+                }
+            }
         }
     }
 
