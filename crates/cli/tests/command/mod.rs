@@ -180,6 +180,24 @@ pub(crate) fn run<S: AsRef<OsStr>>(options: impl IntoIterator<Item = S>) -> Run 
     Run { ended, json }
 }
 
+/// Lengths of runs that are to show something: a busy machine may need the longer ones.
+const LENGTHS: [&str; 5] = ["600ms", "2s", "8s", "30s", "60s"];
+
+/// The first of a few ever longer runs in which no number at `shows` is 0. What holds for each of them is for `run` to check.
+#[track_caller]
+pub(crate) fn showing(shows: &[&str], run: impl Fn(&str) -> Run) -> Run {
+    let mut missing = String::new();
+    for length in LENGTHS {
+        let run = run(length);
+        let zeros: Vec<_> = shows.iter().filter(|pointer| run.number(pointer) == 0).collect();
+        if zeros.is_empty() {
+            return run;
+        }
+        missing = format!("{zeros:?} of {:#}", run.json);
+    }
+    panic!("always 0: {missing}")
+}
+
 /// The JSON in the file at `path`, once it is whole.
 pub(crate) fn read_json(path: &Path) -> Option<Value> {
     serde_json::from_str(&std::fs::read_to_string(path).ok()?).ok()
